@@ -1,0 +1,159 @@
+"""What blocks do with named dims besides einsum: reductions, lookups, key/value groups, and the check of `local`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmegatron.sharding.collectives import Op, Pmax, Psum
+from fmegatron.sharding.mesh import Axis, Mesh
+from fmegatron.sharding.placement import Placement, parse_names
+from fmegatron.sharding.relayout import plan_relayout, run
+
+if TYPE_CHECKING:
+    from fmegatron.sharding.sharding import Layout, Sharding
+
+
+def offset(mesh: Mesh, rank: Tensor | None, axes: tuple[str, ...], local: int) -> Tensor | int:
+    """First global index of the local slice of a dim over `axes`, of `local` elements a rank."""
+    if not axes:
+        return 0
+    assert rank is not None, "a sharded index was asked for outside of its mesh"
+    shard: Any = 0
+    for name in axes:
+        shard = shard * mesh[name].size + mesh[name].coordinate(rank)
+    return shard * local
+
+
+def split_arrow(pattern: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """ "a b, b c -> a c" -> ([operands' names], output's names); raises ValueError where there is no single arrow."""
+    sides = pattern.split("->")
+    if len(sides) != 2:
+        raise ValueError(f"pattern {pattern!r} needs one arrow, as in 'batch seq vocab -> batch seq'")
+    return [parse_names(text) for text in sides[0].split(",")], parse_names(sides[1])
+
+
+# -- reduce ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Reduction:
+    """Dims to reduce, the axes they lie over, and the way home: of a partial value, and of one equal on all ranks."""
+
+    dims: tuple[int, ...]
+    over: tuple[Axis, ...]
+    from_partial: tuple[Op, ...]
+    from_equal: tuple[Op, ...]
+
+
+def plan_reduce(layout: Layout, pattern: str) -> Reduction:
+    """Plan "batch seq vocab -> batch seq"."""
+    (names,), out = split_arrow(pattern)
+    source = layout.placement(names)
+    kept = tuple(n for n in names if n in out)
+    if kept != out:
+        raise ValueError(f"reduce pattern {pattern!r}: the output keeps the input's order and adds no name")
+    dims = tuple(i for i, n in enumerate(names) if n not in out)
+    over = [axis for i in dims for axis in source.axes[i]]
+    home = layout.placement(out)
+    equal = Placement(kept, tuple(source.of(n) for n in kept))
+    partial = Placement(kept, equal.axes, frozenset(over))
+    mesh = layout.mesh
+    return Reduction(
+        dims, tuple(mesh[a] for a in over), plan_relayout(mesh, partial, home), plan_relayout(mesh, equal, home)
+    )
+
+
+def reduce(plan: Reduction, rank: Tensor | None, x: Tensor, op: str) -> Tensor:
+    """Reduce over local and sharded elements alike."""
+    if op == "sum":
+        return run(x.sum(plan.dims), rank, plan.from_partial)
+    if op == "max":
+        return run(_max(plan, rank, x), rank, plan.from_equal)
+    if op == "logsumexp":
+        if not plan.over:
+            return run(torch.logsumexp(x, plan.dims), rank, plan.from_equal)
+        peak = _max(plan, rank, x)
+        shifted = x - peak.reshape([1 if i in plan.dims else n for i, n in enumerate(x.shape)])
+        total = run(shifted.exp().sum(plan.dims), rank, [Psum(axis) for axis in plan.over])
+        return run(total.log() + peak, rank, plan.from_equal)
+    raise ValueError(f"reduce knows 'sum', 'max' and 'logsumexp', not {op!r}")
+
+
+def _max(plan: Reduction, rank: Tensor | None, x: Tensor) -> Tensor:
+    return run(x.detach().amax(plan.dims), rank, [Pmax(axis) for axis in plan.over])
+
+
+# -- lookup ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Lookup:
+    """How ids reach every shard of the table's rows, the rows' axes, and the way home of the partial result."""
+
+    ids: tuple[Op, ...]
+    rows: tuple[str, ...]
+    home: tuple[Op, ...]
+
+
+def plan_lookup(layout: Layout, pattern: str) -> Lookup:
+    """Plan "batch seq, vocab embed -> batch seq embed"."""
+    (ids, table), out = split_arrow(pattern)
+    if out != (*ids, *table[1:]):
+        raise ValueError(f"lookup pattern {pattern!r}: the output is the ids' names followed by the table's columns")
+    at_ids, at_table = layout.placement(ids), layout.placement(table)
+    rows = at_table.axes[0]
+    seen = Placement(ids, tuple(tuple(a for a in axes if a not in at_table.placed) for axes in at_ids.axes))
+    found = Placement(out, (*seen.axes, *at_table.axes[1:]), frozenset(rows))
+    mesh = layout.mesh
+    return Lookup(plan_relayout(mesh, at_ids, seen), rows, plan_relayout(mesh, found, layout.placement(out)))
+
+
+def lookup(plan: Lookup, mesh: Mesh, rank: Tensor | None, ids: Tensor, table: Tensor) -> Tensor:
+    """Rows `ids` of the table: each rank looks among its own rows, the results add up."""
+    ids = run(ids, rank, plan.ids)
+    if not plan.rows:
+        return run(torch.nn.functional.embedding(ids, table), rank, plan.home)
+    mine = ids - offset(mesh, rank, plan.rows, table.shape[0])
+    here = (mine >= 0) & (mine < table.shape[0])
+    found = torch.nn.functional.embedding(mine.clamp(0, table.shape[0] - 1), table)
+    keep = here.reshape(*here.shape, *[1] * (found.dim() - here.dim()))
+    return run(torch.where(keep, found, torch.zeros_like(found)), rank, plan.home)
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+def groups(sh: Sharding, kv: Tensor, pattern: str) -> Tensor:
+    """Select key/value heads so that local query head j uses head j // (local heads / heads of the result)."""
+    (source,), out = split_arrow(pattern)
+    dim = next(i for i, (a, b) in enumerate(zip(source, out, strict=True)) if a != b)
+    of_kv, of_heads = sh.placement(" ".join(source)), sh.placement(" ".join(out))
+    if of_kv.axes[dim] == of_heads.axes[dim]:
+        return kv
+    shards = math.prod(sh.mesh[axis].size for axis in of_heads.axes[dim])
+    heads = sh.size(out[dim]) // shards  # local query heads
+    group = sh.size(out[dim]) // sh.size(source[dim])  # query heads of one key/value head
+    step = heads if group % heads == 0 else 1  # one key/value head serves all local queries, or one each
+    queries = torch.arange(0, heads, step, device=kv.device)
+    first = offset(sh.mesh, sh.rank, of_heads.axes[dim], heads)
+    chosen = (queries + first) // group - offset(sh.mesh, sh.rank, of_kv.axes[dim], kv.shape[dim])
+    return kv.index_select(dim, chosen)
+
+
+# -- local ----------------------------------------------------------------------------------------------------------
+def check_local(layout: Layout, pattern: str) -> None:
+    """Refuse a function that mixes over a sharded name, or whose operands hold different slices of one name."""
+    operands, out = split_arrow(pattern)
+    places = [layout.placement(names) for names in operands]
+    home = layout.placement(out)
+    for place in places:
+        for name, axes in zip(place.names, place.axes, strict=True):
+            if name not in out and axes:
+                raise ValueError(
+                    f"local {pattern!r} mixes over {name!r}, which lies over mesh axes {', '.join(axes)}: "
+                    f"give the dim a name without a rule (sh.relayout), or use sh.reduce"
+                )
+            if name in out and axes != home.of(name):
+                raise ValueError(
+                    f"local {pattern!r}: {name!r} lies over ({', '.join(axes)}) in [{' '.join(place.names)}] but over "
+                    f"({', '.join(home.of(name))}) in the output: bring the operand there with sh.align"
+                )

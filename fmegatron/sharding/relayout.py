@@ -1,0 +1,70 @@
+"""Relayout: the collectives that lead from one placement to another.
+
+Gathers go inner to outer, takes outer to inner; an axis that moves to another dim is an all_to_all; a partial axis becomes
+a reduce_scatter where the target is sharded over it, else a psum. What shrinks the tensor comes first. An outer axis that
+goes while an inner one stays is a gather of both and a take: never a silent permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fmegatron.sharding.collectives import AllGather, AllToAll, Op, Psum, ReduceScatter, Take, apply
+from fmegatron.sharding.mesh import Mesh
+from fmegatron.sharding.placement import Placement
+
+
+def plan_relayout(mesh: Mesh, source: Placement, target: Placement) -> tuple[Op, ...]:
+    """The ops that lead from `source` to `target`; dims correspond by position."""
+    assert len(source.axes) == len(target.axes), f"relayout of {source} to {target}: different numbers of dims"
+    assert target.partial <= source.partial, f"relayout of {source} to {target} would make a value partial"
+    now = [list(axes) for axes in source.axes]
+    want = [list(axes) for axes in target.axes]
+    partial = set(source.partial) - set(target.partial)
+    ops: list[Op] = []
+
+    def next_axis(dim: int) -> str | None:
+        """The axis that this dim is to get next, if what it has so far is right."""
+        have = now[dim]
+        return want[dim][len(have)] if len(have) < len(want[dim]) and want[dim][: len(have)] == have else None
+
+    def shrink() -> None:
+        """Add axes that cost no gather: reduce_scatter what is partial, take what is replicated."""
+        for dim in range(len(now)):
+            while (axis := next_axis(dim)) is not None:
+                if axis in partial:
+                    ops.append(ReduceScatter(mesh[axis], dim))
+                    partial.discard(axis)
+                elif not any(axis in axes for axes in now):
+                    ops.append(Take(mesh[axis], dim))
+                else:
+                    break
+                now[dim].append(axis)
+
+    shrink()
+    pending = {axis for dim in range(len(want)) for axis in want[dim] if axis not in now[dim]}
+    ops.extend(Psum(mesh[axis]) for axis in sorted(partial - pending))
+    partial &= pending
+    for dim in range(len(now)):
+        while now[dim] != want[dim][: len(now[dim])]:
+            axis = now[dim].pop()
+            goal = next((d for d in range(len(now)) if d != dim and next_axis(d) == axis), None)
+            if goal is None:
+                ops.append(AllGather(mesh[axis], dim))
+            else:
+                ops.append(AllToAll(mesh[axis], goal, dim))
+                now[goal].append(axis)
+        shrink()
+    shrink()
+    assert now == want and not partial, f"relayout of {source} to {target} ended at {now}"
+    return tuple(ops)
+
+
+def run(x: Tensor, rank: Tensor | None, ops: Sequence[Op]) -> Tensor:
+    """Apply ops one after the other."""
+    for op in ops:
+        assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
+        x = apply(x, rank, op)
+    return x

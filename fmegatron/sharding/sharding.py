@@ -1,0 +1,221 @@
+"""A Sharding: a mesh, a strategy and a table of sizes, as one frozen value that blocks take as first argument.
+
+A tensor whose dims have names N lies in one known way, `sh.placement(N)`, everywhere in the program; so each function
+here needs names only, and issues the collectives that follow from them. With one device they are all plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fmegatron.sharding import named
+from fmegatron.sharding.collectives import Once, apply
+from fmegatron.sharding.einsum import multiply, plan_einsum
+from fmegatron.sharding.mesh import Mesh
+from fmegatron.sharding.placement import Placement, Size, Sizes, parse_names, place
+from fmegatron.sharding.relayout import plan_relayout, run
+from fmegatron.sharding.rules import RULES, Kind, Rules
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What placements depend on: mesh, rules, sizes; with a memo of the plans made from them."""
+
+    mesh: Mesh
+    rules: Rules
+    sizes: Sizes
+    activations: Kind = "compute"
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def plan(self, make: Callable[..., T], *args: Any) -> T:
+        """`make(self, *args)`, remembered; a tracer makes it anew, it needs no memory."""
+        if torch.compiler.is_compiling():
+            return make(self, *args)
+        key = (make, *args)
+        if key not in self.memo:
+            self.memo[key] = make(self, *args)
+        return self.memo[key]
+
+    def placement(self, names: tuple[str, ...], kind: Kind | None = None, leaf: str | None = None) -> Placement:
+        """Where a tensor with these names lies."""
+        return place(names, self.rules.lines(kind or self.activations), self.mesh.sizes, self.sizes, leaf)
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """How a program lies on a mesh. `sh = Sharding(mesh, RULES["fsdp_tp_sp"])`; see the module's text.
+
+    Raises ValueError where a mesh axis of several ranks is named by no rule: its ranks would all do the same work.
+    """
+
+    mesh: Mesh
+    rules: Rules
+    sizes: Sizes = field(default_factory=dict)
+    rank: Tensor | None = None  # 0-D int64, set while a rank's program runs
+    activations: Kind = "compute"
+    recompute: Callable[[str], Callable[..., Any] | None] | None = None
+    taps: dict[str, tuple[str, Tensor]] | None = None
+    layout: Layout = field(default=None, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        idle = [a.name for a in self.mesh.axes if a.size > 1 and a.name not in self.rules.axes and a.name != "pp"]
+        if idle:
+            known = [name for name, rules in RULES.items() if {a.name for a in self.mesh.axes if a.size > 1} <= rules.axes]
+            raise ValueError(
+                f"mesh axis {idle[0]!r} of {self.mesh.sizes[idle[0]]} ranks is named by no rule of {self.rules.name!r}, so its "
+                f"ranks would repeat each other's work: drop it, or use rules that name it ({', '.join(known) or 'your own'})"
+            )
+        if self.layout is None:
+            object.__setattr__(self, "layout", Layout(self.mesh, self.rules, self.sizes, self.activations))
+
+    # -- values of it -----------------------------------------------------------------------------------------------
+    def bind(self, sizes: Mapping[str, int | Size]) -> Sharding:
+        """With a table of named sizes; optional rules, padding and wildcards need it."""
+        if all(self.sizes.get(name) == size for name, size in sizes.items()):
+            return self
+        return replace(self, sizes={**self.sizes, **sizes}, layout=None)
+
+    def at(self, rank: Tensor) -> Sharding:
+        """As rank `rank` sees it."""
+        return replace(self, rank=rank)
+
+    def decoding(self) -> Sharding:
+        """With the decode list for activations: no rule on seq, optional batch."""
+        return replace(self, activations="decode", layout=None)
+
+    def recomputing(self, recompute: Callable[[str], Callable[..., Any] | None]) -> Sharding:
+        """With a policy: `recompute(name)` gives the wrapper that drops a named part's residuals, or None to keep them."""
+        return replace(self, recompute=recompute)
+
+    def tapping(self, taps: dict[str, tuple[str, Tensor]] | None) -> Sharding:
+        """With a dict in which `tap` leaves its values; None: taps are off."""
+        return replace(self, taps=taps)
+
+    # -- placement --------------------------------------------------------------------------------------------------
+    def placement(self, names: str, kind: Kind | None = None, leaf: str | None = None) -> Placement:
+        """Where a tensor with these names lies: `kind` compute (activations), storage or optimizer."""
+        return self.layout.plan(_placement, names, kind, leaf)
+
+    def size(self, name: str) -> int:
+        """The padded global size of a bound name."""
+        size = self.sizes[name]
+        if not isinstance(size, Size):
+            return size
+        shards = 1
+        for axis in self.mesh.axes:
+            if any(n == name and axis.name in {a.rstrip("?") for a in axes} for n, axes in self.rules.compute):
+                shards *= axis.size
+        return size.padded(shards)
+
+    def true_size(self, name: str) -> int:
+        """The global size of a bound name without pads."""
+        size = self.sizes[name]
+        return size.n if isinstance(size, Size) else size
+
+    def index(self, name: str, names: str, x: Tensor) -> Tensor:
+        """Global indices of the local slice of one dim: int64 [local size], for `x` that lies as `names`."""
+        place = self.placement(names)
+        local = x.shape[place.names.index(name)]
+        return torch.arange(local, device=x.device) + named.offset(self.mesh, self.rank, place.of(name), local)
+
+    # -- moving data ------------------------------------------------------------------------------------------------
+    def relayout(self, x: Tensor, pattern: str) -> Tensor:
+        """Rename dims by position, "batch seq kv hd -> batch kv_seq kv hd", moving data as the rules say."""
+        return run(x, self.rank, self.layout.plan(_relayout, pattern))
+
+    def align(self, x: Tensor, names: str, within: str) -> Tensor:
+        """Bring a tensor to where its dims lie inside another: "batch seq" within "batch seq heads hd"."""
+        return run(x, self.rank, self.layout.plan(_align, names, within))
+
+    def einsum(self, pattern: str, x: Tensor, *weights: Tensor) -> Any:
+        """ "batch seq embed, embed mlp -> batch seq mlp"; or one left operand with several right ones, "x, (w | v) -> (y | z)":
+        x is gathered once and its cotangent reduced once. Returns one tensor, or a list of them."""
+        products = self.layout.plan(_einsum, pattern)
+        if len(products) != len(weights):
+            raise ValueError(f"einsum pattern {pattern!r} has {len(products)} right operands but got {len(weights)}")
+        ready: dict[Any, Tensor] = {}
+        out = []
+        for product, w in zip(products, weights, strict=True):
+            if product.left not in ready:
+                ready[product.left] = run(x, self.rank, product.left)
+            y = multiply(product, ready[product.left], run(w, self.rank, product.right))
+            out.append(run(y, self.rank, product.home))
+        return out[0] if len(out) == 1 else out
+
+    def lookup(self, pattern: str, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of a table: "batch seq, vocab embed -> batch seq embed", the table whole or sharded over its rows."""
+        return named.lookup(self.layout.plan(named.plan_lookup, pattern), self.mesh, self.rank, ids, table)
+
+    def reduce(self, pattern: str, x: Tensor, op: str) -> Tensor:
+        """Reduce names away, "batch seq vocab -> batch seq", by "sum", "max" (no derivative) or "logsumexp"."""
+        return named.reduce(self.layout.plan(named.plan_reduce, pattern), self.rank, x, op)
+
+    def groups(self, kv: Tensor, pattern: str) -> Tensor:
+        """Key/value heads for the local query heads, "batch kv_seq kv hd -> batch kv_seq heads hd".
+
+        Where the groups stay aligned the result has fewer heads than the queries: local query head j uses head
+        j // (local heads / result heads). Where KV heads are fewer than ranks each rank takes the ones that it needs.
+        """
+        return named.groups(self, kv, pattern)
+
+    def local(self, fn: Callable[..., Tensor], pattern: str) -> Callable[..., Tensor]:
+        """`fn` on local tensors, once the pattern "a b, b c -> a c" is known not to mix over a sharded name.
+
+        Raises ValueError naming the dim where it would.
+        """
+        self.layout.plan(named.check_local, pattern)
+        return fn
+
+    # -- terms, statistics, recomputation -----------------------------------------------------------------------------
+    def total(self, x: Tensor, names: str) -> Tensor:
+        """The local part of the global sum of a tensor: 0-D; replicated copies are counted once, so the ranks' parts add up."""
+        y = x.sum()
+        for axis in self.layout.plan(_unplaced, names):
+            assert self.rank is not None, "total ran outside of its mesh"
+            y = apply(y, self.rank, Once(axis))
+        return y
+
+    def tap(self, name: str, x: Tensor, names: str, op: str = "sum") -> None:
+        """Leave a statistic ("sum" or "max" over all elements, everywhere) for aux; no gradient, free when taps are off."""
+        if self.taps is not None:
+            value = x.detach()
+            self.taps[name] = (op, self.total(value, names) if op == "sum" else value.amax())
+
+    def remat(self, name: str, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        """`fn(*tensors)`, a named part whose residuals a remat policy may drop and compute again."""
+        wrap = self.recompute(name) if self.recompute is not None else None
+        return wrap(fn, *tensors) if wrap is not None else fn(*tensors)
+
+
+def _placement(layout: Layout, names: str, kind: Kind | None, leaf: str | None) -> Placement:
+    return layout.placement(parse_names(names), kind, leaf)
+
+
+def _relayout(layout: Layout, pattern: str) -> Sequence[Any]:
+    source, target = (layout.placement(parse_names(side)) for side in pattern.split("->"))
+    return plan_relayout(layout.mesh, source, target)
+
+
+def _align(layout: Layout, names: str, within: str) -> Sequence[Any]:
+    source, outer = layout.placement(parse_names(names)), layout.placement(parse_names(within))
+    target = Placement(source.names, tuple(outer.of(name) for name in source.names))
+    return plan_relayout(layout.mesh, source, target)
+
+
+def _einsum(layout: Layout, pattern: str) -> Any:
+    return plan_einsum(layout.mesh, layout.placement, pattern)
+
+
+def _unplaced(layout: Layout, names: str) -> tuple[Any, ...]:
+    placed = layout.placement(parse_names(names)).placed
+    return tuple(axis for axis in layout.mesh.axes if axis.size > 1 and axis.name not in placed)
+
+
+SINGLE = Sharding(Mesh("single"), RULES["single"])
