@@ -1,0 +1,145 @@
+"""The command line: reads words, calls one library function. Exit 0, 2 for a user's mistake (one line), 130 for Ctrl-C.
+
+Nothing heavy is imported before the words are known to be right, so `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from fmegatron import config, toml
+from fmegatron.config import ConfigError
+from fmegatron.toml import option
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Options of `tokenize`."""
+
+    output: str = option("data", "prefix of the written .bin and .idx")
+    tokenizer: str | None = option(None, "tokenizer.json or its folder; none: train one on the input")
+    vocab_size: int = option(4096, "of the tokenizer that is trained", at_least=257)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Options of `generate`."""
+
+    tokens: int = option(128, "tokens to generate", at_least=1)
+    temperature: float = option(1.0, "0: always the likeliest", at_least=0)
+    top_k: int | None = option(None, "draw from the k likeliest; none: all", at_least=1)
+    top_p: float | None = option(None, "draw from the likeliest that hold this probability; none: all", at_least=0)
+    seed: int = option(0, "of the draws", at_least=0)
+
+
+def train(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """CONFIG.toml|quickstart: train, or go on with the run in --run.dir"""
+    (name,) = _exactly(words, "CONFIG.toml|quickstart")
+    run = config.load(name, table)
+    from fmegatron.train import loop
+    loop.run(run)
+
+
+def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """CONFIG.toml|quickstart [--json]: leaves, placements, bytes and collectives of a step, before anything runs"""
+    (name,) = _exactly(words, "CONFIG.toml|quickstart")
+    run = config.load(name, table)
+    from fmegatron.train import explain
+    explain.main(run, json=json)
+
+
+def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """FILE|FOLDER|stdlib ...: text to tokens, in Megatron's .bin and .idx"""
+    options = toml.update(Tokenize(), table, "command line")
+    if not words:
+        raise ConfigError("command line: tokenize needs FILE|FOLDER|stdlib")
+    from fmegatron import data
+    data.tokenize(list(words), **_fields(options))
+
+
+def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """CHECKPOINT|HF_FOLDER PROMPT: continue a text"""
+    options = toml.update(Generate(), table, "command line")
+    source, prompt = _exactly(words, "CHECKPOINT|HF_FOLDER", "PROMPT")
+    from fmegatron.inference import generate
+    generate.main(source, prompt, **_fields(options))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = {flag: flag in words for flag in ("--help", "-h", "--debug", "--json", "--version")}
+    try:
+        return _run([word for word in words if word not in flags], flags)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if flags["--debug"]:
+            raise
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):  # all ranks read the same configuration: one speaks
+            line = " ".join(str(error).split()) or type(error).__name__
+            print(f"fmegatron: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str], flags: dict[str, bool]) -> int:
+    commands: dict[str, tuple[Callable[..., None], type]] = {
+        "train": (train, config.RunConfig), "explain": (explain, config.RunConfig),
+        "tokenize": (tokenize, Tokenize), "generate": (generate, Generate)}
+    if flags["--version"]:
+        print(importlib.metadata.version("fmegatron"))
+        return 0
+    if not words:
+        print(_overview({name: function.__doc__ or "" for name, (function, _) in commands.items()}))
+        return 0 if flags["--help"] or flags["-h"] else 2
+    name, *rest = words
+    if name not in commands:
+        raise ConfigError(f"{name}: no such command ({', '.join(commands)})")
+    function, options = commands[name]
+    if flags["--help"] or flags["-h"]:
+        print(f"usage: fmegatron {name} {function.__doc__}\n\n{_page(options)}")
+        return 0
+    if flags["--json"] and name != "explain":
+        raise ConfigError(f"command line: {name} has no --json")
+    sys.path.insert(0, os.getcwd())  # import paths in a configuration are seen from here, as with python -m
+    function(*toml.words(rest), flags["--json"])
+    return 0
+
+
+def _exactly(words: Sequence[str], *names: str) -> Sequence[str]:
+    if len(words) != len(names):
+        raise ConfigError(f"command line: expected {' '.join(names)}, got {' '.join(words) or 'nothing'}")
+    return words
+
+
+def _fields(options: Tokenize | Generate) -> dict[str, object]:
+    return {f.name: getattr(options, f.name) for f in fields(options)}
+
+
+def _overview(commands: dict[str, str]) -> str:
+    lines = [f"  fmegatron {name} {doc}" for name, doc in commands.items()]
+    return "\n".join(["Train transformers under any sharding rules.", "", *lines, "",
+                      "  --help after a command lists its options; --debug shows the traceback of an error; --version"])
+
+
+def _page(options: type) -> str:
+    """Every option with its type, what it means and its default, one group after another."""
+    lines: list[str] = []
+    group = None
+    for key, hint, default, doc in toml.options(options):
+        head = key.rpartition(".")[0]
+        if head != group:
+            group, kind = head, type(getattr(options(), head)) if head else options
+            lines += [*([""] if lines else []), f"{head or 'options'}: {kind.__doc__}"]
+        text = f"{doc} [{toml.format_value(default).strip(chr(34))}]"
+        left = f"  --{key} {toml.describe(hint)}"
+        right = textwrap.wrap(text, 78)
+        first = [left] if len(left) > 39 else [f"{left:<40}{right.pop(0)}"]
+        lines += first + [" " * 40 + line for line in right]
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""What a training run is: plain frozen data, one class a group. `load("quickstart", {...})` reads one from a file.
+
+Every field is a key in TOML (`[training]` `steps = 20`) and on the command line (`--training.steps 20`). The classes
+hold no behaviour: what a name means (a preset, a rule, a schedule) is known to the part of the package it belongs to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fmegatron import toml
+from fmegatron.toml import ConfigError as ConfigError
+from fmegatron.toml import option
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lies. The same command with the same dir resumes it."""
+
+    name: str = option("run", "name of the run; a file's own name where the file does not say")
+    dir: str | None = option(None, "folder of metrics, checkpoints and pictures; none: runs/NAME")
+    fresh: bool = option(False, "start over: delete what the folder holds")
+    seed: int = option(0, "of parameters, dropout and the order of the data", at_least=0)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.dir or f"runs/{self.name}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model: a preset, a Hugging Face folder, or your own function."""
+
+    preset: str = option("llama3:quickstart", "family:size, see fmegatron.models.presets")
+    hf: str | None = option(None, "start from a Hugging Face folder (its config, weights, tokenizer), not a preset")
+    function: str | None = option(None, "your.module:function that returns a model, in place of a preset")
+    overrides: dict[str, Any] = option({}, "fields of the preset's config, or arguments of the function")
+    loss: str | None = option(None, "your.module:function in place of the model's own loss")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text, its tokens, and how samples are cut from it."""
+
+    source: str = option("stdlib", "stdlib (this Python's source), synthetic, an indexed prefix, your.module:function")
+    valid: str | None = option(None, "prefix of held-out text; none: the last part of the source")
+    valid_fraction: float = option(0.02, "part of the source held out where valid is none", at_least=0)
+    tokenizer: str | None = option(None, "tokenizer.json or its folder; none: trained on the source, or model.hf's own")
+    vocab_size: int = option(4096, "of the tokenizer that is trained", at_least=257)
+    seq: int = option(256, "tokens in a sample", at_least=1)
+    document_mask: bool = option(True, "attention stays inside a document")
+    reset_positions: bool = option(True, "positions start anew in each document")
+    cache: str | None = option(None, "folder of tokenized text and indices; none: cache/ beside the run's")
+    arguments: dict[str, Any] = option({}, "arguments of your function")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, in what precision, with what memory."""
+
+    steps: int = option(1000, "applied updates in all", at_least=0)
+    global_batch: int = option(32, "samples in a step, over all ranks", at_least=1)
+    microbatches: int = option(1, "parts that a step is computed in, one after another", at_least=1)
+    dtype: Literal["fp32", "bf16"] = option("fp32", "of the computation; the master state is fp32")
+    remat: str = option("none", "none, full, selective, or every-K: which activations are computed again")
+    compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
+    clip_norm: float | None = option(1.0, "largest norm of a step's gradient; none: as it is", at_least=0)
+    prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
+    donate: bool = option(True, "a step reuses the memory of the state before it")
+    deterministic: bool = option(True, "only kernels that give the same bits again")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The rule of the update and its schedule."""
+
+    name: str = option("adamw", "adamw, sgd, or your.module:function, called with the learning rate and arguments")
+    lr: float = option(1e-3, "peak learning rate", at_least=0)
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of adamw's moments")
+    eps: float = option(1e-8, "of adamw", at_least=0)
+    momentum: float = option(0.0, "of sgd", at_least=0)
+    weight_decay: float = option(0.1, "decoupled, on matrices only", at_least=0)
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = option("cosine", "of the learning rate")
+    warmup: int = option(100, "steps of linear warmup", at_least=0)
+    decay_steps: int | None = option(None, "steps of decay (wsd: the last ones); none: all that are left", at_least=0)
+    decay_shape: str = option("linear", "of wsd's decay, see fmegatron.optim.wsd")
+    min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
+    arguments: dict[str, Any] = option({}, "further arguments of the optimizer")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh's axes. Under torchrun their product is the number of processes."""
+
+    dp: int = option(1, "batch, and storage where the rules say so; -1: every process that is left", at_least=-1)
+    fsdp: int = option(1, "second data axis: storage under hsdp", at_least=1)
+    cp: int = option(1, "sequence", at_least=1)
+    tp: int = option(1, "heads, mlp, vocabulary", at_least=1)
+    ep: int = option(1, "experts", at_least=1)
+    virtual: bool = option(False, "all ranks in this process, by vmap")
+    threads: bool = option(False, "with virtual: a thread for each rank, over the calls of a real mesh")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{axis: size}, outer to inner; axes of size 1 too."""
+        return {axis: getattr(self, axis) for axis in ("dp", "fsdp", "cp", "tp", "ep")}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How names become placements."""
+
+    rules: str | dict[str, Any] = option("fsdp_tp_sp", "a name in fmegatron.RULES, or a table of its lists")
+    reduce: Literal["step", "microbatch"] | None = option(None, "when gradients are reduced; none: as the rules say")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is written, and what is kept."""
+
+    interval: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0)
+    keep: int = option(2, "checkpoints kept, newest first; 0: all", at_least=0)
+    resume: str | None = option(None, "a checkpoint to start from where the run's folder has none")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out text."""
+
+    interval: int = option(100, "steps between validations; 0: only at the end", at_least=0)
+    batches: int = option(8, "batches of each validation", at_least=1)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is told while it trains. metrics.jsonl is always written, one object a step."""
+
+    every: int = option(10, "steps between printed lines where there is no terminal for the bar", at_least=1)
+    tensorboard: bool = option(False, "write events for TensorBoard")
+    prompt: str = option("def ", "start of the text generated at the end")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    sharding: Sharding = Sharding()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    log: Log = Log()
+
+    def __post_init__(self) -> None:
+        batch, parts = self.training.global_batch, self.training.microbatches
+        if batch % parts:
+            raise ValueError(f"training.global_batch = {batch} does not divide into training.microbatches = {parts}")
+        if self.training.compile and self.mesh.virtual:
+            raise ValueError("training.compile = true: a mesh.virtual runs eager, drop one of the two")
+        if self.mesh.threads and not self.mesh.virtual:
+            raise ValueError("mesh.threads = true needs mesh.virtual = true")
+        if self.model.hf and self.model.function:
+            raise ValueError("model.hf and model.function are both set: a run has one model")
+
+
+def load(name: str | Path, table: toml.Table | None = None) -> RunConfig:
+    """The run in a TOML file, or in a shipped one by name (`quickstart`), with `table` (nested keys) laid over it."""
+    path = find(name)
+    start = RunConfig(run=Run(name=path.stem))
+    return toml.update(toml.update(start, toml.read(path), str(name)), table or {}, "command line")
+
+
+def find(name: str | Path) -> Path:
+    """The file itself, or the shipped configuration of that name."""
+    path, shipped = Path(name), SHIPPED / f"{name}.toml"
+    if path.is_file():
+        return path
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+    raise ConfigError(f"{name}: neither a file nor a shipped configuration ({names})")
+
+
+def imported(target: str) -> Callable[..., Any]:
+    """The function that `package.module:name` names."""
+    shape = f"an import path is package.module:function, seen from {os.getcwd()}"
+    module, colon, name = target.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name) if colon else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{target}: {error} ({shape})") from None
+    if not callable(function):
+        raise ConfigError(f"{target}: not a function ({shape})")
+    return function

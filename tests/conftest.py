@@ -1,0 +1,67 @@
+"""One thread a worker, steady hypothesis profiles, and a budget in seconds for each suite (a folder of tests/).
+
+A suite's time is the sum over its tests, on all workers; the table is printed after each run. On CI (the variable CI is
+set) a suite over its budget fails the run, and so does a suite that states none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from types import MappingProxyType
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; before anything imports torch
+
+import hypothesis  # noqa: E402
+
+BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make test stays under 12 minutes
+    ".": 60, "sharding": 200, "nn": 100, "models": 150, "optim": 60, "data": 60, "train": 250, "kernels": 30,
+    "inference": 60, "properties": 120, "distributed": 120, "experiments": 60, "mutations": 60})
+
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+
+def suite(nodeid: str) -> str:
+    """The folder under tests/ of a test: "tests/optim/test_adam.py::test_x" -> "optim"."""
+    parts = nodeid.split("::")[0].split("/")
+    return parts[parts.index("tests") + 1] if "tests" in parts[:-2] else "."
+
+
+def verdicts(spent: dict[str, float], budgets: dict[str, float] | MappingProxyType[str, int]) -> list[str]:
+    """A line for each suite that has no budget or is over it."""
+    none = [f"tests/{name} states no budget (tests/conftest.py)" for name in spent if name not in budgets]
+    over = [f"tests/{name} took {seconds:.0f} s, its budget is {budgets[name]} s"
+            for name, seconds in spent.items() if seconds > budgets.get(name, float("inf"))]
+    return none + over
+
+
+class Budget:
+    """Adds up the time of each suite; the plugin of the controlling process (workers report to it)."""
+
+    def __init__(self, enforce: bool) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self.enforce = enforce
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.spent[suite(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.enforce and verdicts(self.spent, BUDGETS) and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for name, seconds in sorted(self.spent.items()):
+            terminalreporter.write_line(f"suite {name:<14} {seconds:6.1f} s of {BUDGETS.get(name, 0)} s")
+        for line in verdicts(self.spent, BUDGETS):
+            terminalreporter.write_line(line, red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        whole = "not long" in (config.option.markexpr or "")
+        config.pluginmanager.register(Budget(enforce=bool(os.environ.get("CI")) and whole), "budget")

@@ -1,0 +1,104 @@
+"""The command line: right words reach the library, wrong ones end in one line, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from fmegatron import cli, toml
+from fmegatron.config import RunConfig
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The library functions behind the commands, replaced by one that records what it is given."""
+    seen = []
+    for module, name in {"fmegatron.train.loop": "run", "fmegatron.train.explain": "main",
+                         "fmegatron.data": "tokenize", "fmegatron.inference.generate": "main"}.items():
+        fake = ModuleType(module)
+        setattr(fake, name, lambda *args, _name=module, **kwargs: seen.append((_name, args, kwargs)))
+        parent, _, child = module.rpartition(".")
+        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setattr(__import__(parent, fromlist=["_"]), child, fake, raising=False)
+    return seen
+
+
+def test_train_hands_over_one_configuration(calls):
+    words = "train quickstart --run.dir D --training.steps 3 --training.compile false --mesh.tp 2 --mesh.virtual true"
+    assert cli.main(words.split()) == 0
+    ((name, (run,), kwargs),) = calls
+    assert (name, kwargs) == ("fmegatron.train.loop", {})
+    assert isinstance(run, RunConfig)
+    assert (run.run.dir, run.training.steps, run.training.compile) == ("D", 3, False)
+    assert (run.mesh.tp, run.mesh.virtual) == (2, True)
+
+
+def test_the_other_commands(calls):
+    assert cli.main(["explain", "quickstart", "--json", "--mesh.tp=2"]) == 0
+    assert cli.main(["tokenize", "a.txt", "b", "--output", "o", "--vocab-size", "300"]) == 0
+    assert cli.main(["generate", "DIR", "a prompt", "--top_k", "5", "--temperature", "0"]) == 0
+    explain, tokenize, generate = calls
+    assert explain[1][0].mesh.tp == 2 and explain[2] == {"json": True}
+    assert tokenize[1:] == ((["a.txt", "b"],), {"output": "o", "tokenizer": None, "vocab_size": 300})
+    assert generate[1] == ("DIR", "a prompt")
+    assert generate[2] == {"tokens": 128, "temperature": 0.0, "top_k": 5, "top_p": None, "seed": 0}
+
+
+@pytest.mark.parametrize("words, said", [
+    ("trian quickstart", "trian: no such command (train, explain, tokenize, generate)"),
+    ("train", "command line: expected CONFIG.toml|quickstart, got nothing"),
+    ("train quickstart extra", "command line: expected CONFIG.toml|quickstart, got quickstart extra"),
+    ("train nope.toml", "nope.toml: neither a file nor a shipped configuration (debug, llama3_8b, quickstart)"),
+    ("train quickstart --training.stepz 3", "command line: there is no training.stepz; did you mean training.steps?"),
+    ("train quickstart --training.steps", "command line: --training.steps needs a value"),
+    ("train quickstart --training.steps --run.dir x", "command line: --training.steps needs a value"),
+    ("train quickstart --mesh.virtual yes", "command line: mesh.virtual = yes: expected true|false"),
+    ("train quickstart --mesh.tp 1.5", "command line: mesh.tp = 1.5: expected int"),
+    ("train quickstart --training 3", "command line: training is a group: set training.steps or another of its keys"),
+    ("train quickstart --a 1 --a.b 2", "command line: --a.b goes into a, which another option sets to 1"),
+    ("train quickstart --json", "command line: train has no --json"),
+    ("generate DIR", "command line: expected CHECKPOINT|HF_FOLDER PROMPT, got DIR"),
+    ("generate DIR p --top_p -1", "command line: top_p = -1.0: must be at least 0"),
+    ("tokenize", "command line: tokenize needs FILE|FOLDER|stdlib"),
+])
+def test_mistakes_are_one_line(words, said, calls, capsys):
+    assert cli.main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"fmegatron: {said}\n")
+    assert not calls
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (ValueError("tp = 3 does not\ndivide 4 heads"), 2, "fmegatron: tp = 3 does not divide 4 heads\n"),
+    (FileNotFoundError(2, "No such file", "x.bin"), 2, "fmegatron: [Errno 2] No such file: 'x.bin'\n"),
+    (KeyboardInterrupt(), 130, ""),
+])
+def test_what_the_library_raises(error, code, said, monkeypatch, capsys, calls):
+    def fail(run):
+        raise error
+    monkeypatch.setattr(sys.modules["fmegatron.train.loop"], "run", fail)
+    assert cli.main(["train", "quickstart"]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_debug_shows_the_traceback(calls):
+    with pytest.raises(ValueError, match="no training.x"):
+        cli.main(["train", "quickstart", "--training.x", "1", "--debug"])
+
+
+def test_one_rank_speaks_about_the_configuration(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "nope"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_every_option_as_it_is_written(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    for key, hint, _, _ in toml.options(RunConfig):
+        assert f"  --{key} {toml.describe(hint)}" in page
+    assert max(map(len, page.splitlines())) <= 120
+    assert cli.main(["--help"]) == 0 and "fmegatron generate CHECKPOINT|HF_FOLDER" in capsys.readouterr().out
+    assert cli.main([]) == 2
