@@ -100,9 +100,9 @@ def test_an_interrupted_writer_leaves_the_old_pair(tmp_path: Path) -> None:
         (17, b"\x09", "at byte 17: expected a dtype code of 1 to 8, found 9"),
         (18, b"\x03", "expected 86 bytes for 3 sequences"),
         (37, b"\xff", "at byte 34: expected the length of sequence 0"),
-        (54, b"\x01", "at byte 54: expected sequence 1 to start at byte 2 of the .bin, found 1"),
+        (50, b"\x01", "at byte 50: expected sequence 1 to start at byte 2 of the .bin, found 1"),
         (58, b"\x01", "boundaries that rise from 0 to 2"),
-        (34, b"\x02", "at byte 54: expected sequence 1 to start at byte 4"),
+        (34, b"\x02", "at byte 50: expected sequence 1 to start at byte 4"),
         (38, b"\x09", "x.bin: 6 bytes, but x.idx expects 10 tokens of uint16, 20 bytes: truncated"),
     ],
 )
