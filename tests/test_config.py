@@ -1,4 +1,4 @@
-"""Configurations: what goes in comes out, and every mistake is one line that names the place, the key and the way out."""
+"""Configurations: what goes in comes out; a mistake is one line that names the place, the key and the way out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ texts = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda t: t !=
 keys = st.text(string.ascii_letters + "_-. é\"\x7f", min_size=1, max_size=6)
 floats = st.floats(allow_nan=False)
 plain = st.none() | st.booleans() | st.integers(-2**63, 2**63 - 1) | floats | texts
-free = st.dictionaries(keys, st.recursive(plain, lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=3)))
+nested = st.recursive(plain, lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=3))
+free = st.dictionaries(keys, nested)
 inners = st.builds(Inner, st.none() | st.integers(1), st.tuples(floats, floats), st.lists(texts).map(tuple),
                    st.sampled_from(["x", "y"]), free)
 outers = st.builds(Outer, texts, st.none() | texts, st.booleans(), floats, inners)
