@@ -15,7 +15,7 @@ On ranks A, B of an axis, with the sum of all ranks' inner products as the inner
     psum         A: a => a+b        all_gather   A: a => ab       reduce_scatter  A: a1 a2 => a1+b1
                  B: b => a+b                     B: b => ab                       B: b1 b2 => a2+b2
 
-Each is a frozen value, `apply(x, rank, op)` runs it: eager, under torch.func (grad, jvp, vmap) and under torch.compile. The
+Each is a frozen value, `apply(x, rank, op)` runs it: eager, under torch.func (grad, jvp, vmap) and compiled. The
 0-D rank is an operand, so that the vmap rule knows the mesh's own level from a user's vmap.
 """
 
@@ -180,13 +180,11 @@ class Ppermute(Op):
 
 def apply(x: Tensor, rank: Tensor, op: Op) -> Tensor:
     """Run one collective; differentiable any number of times, forward and reverse, inside and outside of vmap."""
-    if torch.compiler.is_compiling():
-        return Traced.apply(x, rank, op)
-    return Eager.apply(x, rank, op)
+    return _Collective.apply(x, rank, op)
 
 
-class Traced(torch.autograd.Function):
-    """The form that Dynamo traces: it refuses functions with a jvp rule."""
+class _Collective(torch.autograd.Function):
+    """The only form that works eager, under torch.func and under AOTAutograd."""
 
     @staticmethod
     def forward(x: Tensor, rank: Tensor, op: Op) -> Tensor:  # type: ignore[override]
@@ -196,20 +194,12 @@ class Traced(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, rank, op = inputs
         ctx.save_for_backward(rank)
+        ctx.save_for_forward(rank)
         ctx.op = op
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
         return apply(cotangent, ctx.saved_tensors[0], ctx.op.transpose), None, None
-
-
-class Eager(Traced):
-    """The same with rules for forward mode and for vmap."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        Traced.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:  # type: ignore[override]

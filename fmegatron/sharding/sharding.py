@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from fmegatron.sharding.placement import Placement, Size, Sizes, parse_names, pl
 from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.sharding.rules import RULES, Kind, Rules
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -34,13 +32,11 @@ class Layout:
     activations: Kind = "compute"
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def plan(self, make: Callable[..., T], *args: Any) -> T:
-        """`make(self, *args)`, remembered; a tracer makes it anew, it needs no memory."""
-        if torch.compiler.is_compiling():
-            return make(self, *args)
-        key = (make, *args)
+    def plan(self, what: str, *args: str | None) -> Any:
+        """The plan `what` for these names, made once and remembered."""
+        key = (what, *args)
         if key not in self.memo:
-            self.memo[key] = make(self, *args)
+            self.memo[key] = PLANS[what](self, *args)
         return self.memo[key]
 
     def placement(self, names: tuple[str, ...], kind: Kind | None = None, leaf: str | None = None) -> Placement:
@@ -101,7 +97,7 @@ class Sharding:
     # -- placement --------------------------------------------------------------------------------------------------
     def placement(self, names: str, kind: Kind | None = None, leaf: str | None = None) -> Placement:
         """Where a tensor with these names lies: `kind` compute (activations), storage or optimizer."""
-        return self.layout.plan(_placement, names, kind, leaf)
+        return self.layout.plan("placement", names, kind, leaf)
 
     def size(self, name: str) -> int:
         """The padded global size of a bound name."""
@@ -128,16 +124,16 @@ class Sharding:
     # -- moving data ------------------------------------------------------------------------------------------------
     def relayout(self, x: Tensor, pattern: str) -> Tensor:
         """Rename dims by position, "batch seq kv hd -> batch kv_seq kv hd", moving data as the rules say."""
-        return run(x, self.rank, self.layout.plan(_relayout, pattern))
+        return run(x, self.rank, self.layout.plan("relayout", pattern))
 
     def align(self, x: Tensor, names: str, within: str) -> Tensor:
         """Bring a tensor to where its dims lie inside another: "batch seq" within "batch seq heads hd"."""
-        return run(x, self.rank, self.layout.plan(_align, names, within))
+        return run(x, self.rank, self.layout.plan("align", names, within))
 
     def einsum(self, pattern: str, x: Tensor, *weights: Tensor) -> Any:
         """ "batch seq embed, embed mlp -> batch seq mlp"; or one left operand with several right ones, "x, (w | v) -> (y | z)":
         x is gathered once and its cotangent reduced once. Returns one tensor, or a list of them."""
-        products = self.layout.plan(_einsum, pattern)
+        products = self.layout.plan("einsum", pattern)
         if len(products) != len(weights):
             raise ValueError(f"einsum pattern {pattern!r} has {len(products)} right operands but got {len(weights)}")
         ready: dict[Any, Tensor] = {}
@@ -151,11 +147,11 @@ class Sharding:
 
     def lookup(self, pattern: str, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of a table: "batch seq, vocab embed -> batch seq embed", the table whole or sharded over its rows."""
-        return named.lookup(self.layout.plan(named.plan_lookup, pattern), self.mesh, self.rank, ids, table)
+        return named.lookup(self.layout.plan("lookup", pattern), self.mesh, self.rank, ids, table)
 
     def reduce(self, pattern: str, x: Tensor, op: str) -> Tensor:
         """Reduce names away, "batch seq vocab -> batch seq", by "sum", "max" (no derivative) or "logsumexp"."""
-        return named.reduce(self.layout.plan(named.plan_reduce, pattern), self.rank, x, op)
+        return named.reduce(self.layout.plan("reduce", pattern), self.rank, x, op)
 
     def groups(self, kv: Tensor, pattern: str) -> Tensor:
         """Key/value heads for the local query heads, "batch kv_seq kv hd -> batch kv_seq heads hd".
@@ -170,14 +166,14 @@ class Sharding:
 
         Raises ValueError naming the dim where it would.
         """
-        self.layout.plan(named.check_local, pattern)
+        self.layout.plan("local", pattern)
         return fn
 
     # -- terms, statistics, recomputation -----------------------------------------------------------------------------
     def total(self, x: Tensor, names: str) -> Tensor:
         """The local part of the global sum of a tensor: 0-D; replicated copies are counted once, so the ranks' parts add up."""
         y = x.sum()
-        for axis in self.layout.plan(_unplaced, names):
+        for axis in self.layout.plan("unplaced", names):
             assert self.rank is not None, "total ran outside of its mesh"
             y = apply(y, self.rank, Once(axis))
         return y
@@ -217,5 +213,16 @@ def _unplaced(layout: Layout, names: str) -> tuple[Any, ...]:
     placed = layout.placement(parse_names(names)).placed
     return tuple(axis for axis in layout.mesh.axes if axis.size > 1 and axis.name not in placed)
 
+
+PLANS: Mapping[str, Callable[..., Any]] = {
+    "placement": _placement,
+    "relayout": _relayout,
+    "align": _align,
+    "einsum": _einsum,
+    "unplaced": _unplaced,
+    "lookup": named.plan_lookup,
+    "reduce": named.plan_reduce,
+    "local": named.check_local,
+}
 
 SINGLE = Sharding(Mesh("single"), RULES["single"])
