@@ -1,0 +1,199 @@
+"""Derivatives of blocks, by three engines behind one function: the only file that knows them.
+
+    out, pullback = vjp(fn, wrt, rest, engine)       grads = pullback(cotangents)
+
+    FUNC       torch.func: nests under vmap and grad; for virtual meshes, per-example gradients, second derivatives
+    AUTOGRAD   torch.autograd: eager, lean in memory
+    Compiled   AOTAutograd and Inductor: a joint graph of forward and backward, partitioned once per kind of block and shape
+
+A block is a pure function `fn(wrt, rest) -> {name: tensor}` of two trees of tensors; derivatives are taken with respect to
+the floating tensors of `wrt`. All engines return the same numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.tree import Tree
+
+Values = dict[str, Tensor]
+Block = Callable[[Tree, Tree], Values]
+
+
+# cotangents of (some of) the outputs -> gradients, a tree like `wrt`
+Pullback = Callable[[Mapping[str, Tensor]], Tree]
+
+
+class Engine(Protocol):
+    """One way to differentiate a block; `kind` names what is compiled once."""
+
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]: ...
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is running around the caller."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# -- torch.func -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Func:
+    """torch.func.vjp."""
+
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]:
+        leaves, spec = tree.flatten(wrt)
+        moving = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+
+        def on_moving(*values: Tensor) -> Values:
+            now = list(leaves)
+            for i, value in zip(moving, values, strict=True):
+                now[i] = value
+            return fn(tree.unflatten(spec, now), rest)
+
+        out, pull = torch.func.vjp(on_moving, *(leaves[i] for i in moving))
+
+        def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
+            full = {name: cotangents[name] if name in cotangents else torch.zeros_like(y) for name, y in out.items()}
+            grads = dict(zip(moving, pull(full), strict=True))
+            return tree.unflatten(spec, [grads.get(i, torch.zeros_like(leaf)) for i, leaf in enumerate(leaves)])
+
+        return out, pullback
+
+
+# -- torch.autograd -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Autograd:
+    """A graph recorded on detached leaves, which share memory with the tensors given."""
+
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]:
+        leaves, spec = tree.flatten(wrt)
+        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        with torch.enable_grad():
+            out = self.call(fn, spec, leaves, rest, kind)
+        outputs = {name: y for name, y in out.items() if y.requires_grad}
+        moving = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+
+        def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
+            names = [name for name in outputs if name in cotangents]
+            found = torch.autograd.grad(
+                [outputs[name] for name in names],
+                [leaves[i] for i in moving],
+                [cotangents[name].to(outputs[name].dtype) for name in names],
+                allow_unused=True,
+            )
+            grads = dict(zip(moving, found, strict=True))
+            filled = [torch.zeros_like(x) if grads.get(i) is None else grads[i] for i, x in enumerate(leaves)]
+            return tree.unflatten(spec, filled)
+
+        return {name: y.detach() for name, y in out.items()}, pullback
+
+    def call(self, fn: Block, spec: Any, leaves: list[Tensor], rest: Tree, kind: Hashable) -> Values:
+        """The forward pass."""
+        return fn(tree.unflatten(spec, leaves), rest)
+
+
+# -- compiled -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Compiled(Autograd):
+    """Autograd over graphs that AOTAutograd traces and Inductor compiles, once per kind of block and its shapes.
+
+    The block's Python runs once, on abstract tensors: it may do anything but look at values.
+    """
+
+    graphs: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def call(self, fn: Block, spec: Any, leaves: list[Tensor], rest: Tree, kind: Hashable) -> Values:
+        """The forward pass of the compiled joint graph."""
+        assert kind is not None, "a compiled block needs a kind"
+        others, rest_spec = tree.flatten(rest)
+        flat = [*leaves, *others]
+        key = (kind, spec, rest_spec, tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in flat))
+        if key not in self.graphs:
+            self.graphs[key] = compile_block(fn, spec, len(leaves), rest_spec)
+        names, graph = self.graphs[key]
+        return dict(zip(names, graph(*flat), strict=True))
+
+
+def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[str], Callable[..., Any]]:
+    """(names of the outputs, function of flat tensors) with compiled forward and backward."""
+    from functorch.compile import aot_function, min_cut_rematerialization_partition
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    names: list[str] = []
+
+    def flat_fn(*flat: Tensor) -> list[Tensor]:
+        out = fn(tree.unflatten(spec, flat[:n]), tree.unflatten(rest_spec, flat[n:]))
+        names[:] = list(out)
+        return list(out.values())
+
+    def partition(joint: Any, inputs: Any, **options: Any) -> Any:
+        joint_graph_passes(joint)
+        return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
+
+    graph = aot_function(
+        flat_fn,
+        fw_compiler=lambda gm, inputs: compile_fx_inner(gm, inputs, is_backward=False),
+        bw_compiler=lambda gm, inputs: compile_fx_inner(gm, inputs, is_backward=True),
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
+    return names, graph
+
+
+def why_not_compile() -> str | None:
+    """One line on what this machine lacks to compile; None where nothing is missing."""
+    if torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python.h is missing (install the Python headers, e.g. python3-dev)"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "no C++ compiler (g++ or clang++) is installed"
+    return None
+
+
+FUNC, AUTOGRAD = Func(), Autograd()
+
+
+def checkpoint(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`fn(*tensors)` whose residuals are dropped: backward runs `fn` again. Eager engines; differentiable many times."""
+    return _Checkpoint.apply(fn, *tensors)
+
+
+class _Checkpoint(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        return fn(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.fn = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+        tensors = ctx.saved_tensors
+        moving = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+
+        def on_moving(*values: Tensor) -> Tensor:
+            now = list(tensors)
+            for i, value in zip(moving, values, strict=True):
+                now[i] = value
+            return ctx.fn(*now)
+
+        _, pull = torch.func.vjp(on_moving, *(tensors[i] for i in moving))
+        grads = dict(zip(moving, pull(cotangent), strict=True))
+        return None, *(grads.get(i) for i in range(len(tensors)))
