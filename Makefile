@@ -29,7 +29,7 @@ WORKERS ?= 2
 RUNS := -c 'import sys, venv, ensurepip, ctypes, lzma, ssl; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP = $(BIN)/python -m pip --quiet install --constraint constraints.txt $(PIP_FLAGS)
+PIP = $(BIN)/python -m pip -qq install --constraint constraints.txt $(PIP_FLAGS)
 # One stamp for each choice of torch and each set of packages: a second make installs nothing.
 CHOICE := $(if $(SYSTEM_TORCH),system,$(subst /,-,$(subst ==,-,$(TORCH))))
 CORE := $(VENV)/installed-$(CHOICE)
@@ -44,7 +44,7 @@ test: lint test-core
 
 lint: $(TEST)
 	@echo "ruff, mypy"
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/mypy
 
 test-core: $(TEST)
@@ -73,7 +73,7 @@ wheel: $(TEST)
 test-wheel: wheel
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m venv build/wheel/venv
-	cd build/wheel && venv/bin/python -m pip --quiet install --constraint ../../constraints.txt $(PIP_FLAGS) \
+	cd build/wheel && venv/bin/python -m pip -qq install --constraint ../../constraints.txt $(PIP_FLAGS) \
 	  $(TORCH) ../../dist/fmegatron-*.whl
 	cd build/wheel && venv/bin/fmegatron --help && venv/bin/fmegatron train debug --run.dir run && wc -l run/metrics.jsonl
 

@@ -22,8 +22,11 @@ class Tokenize:
     """Options of `tokenize`."""
 
     output: str = option("data", "prefix of the written .bin and .idx")
-    tokenizer: str | None = option(None, "tokenizer.json or its folder; none: train one on the input")
-    vocab_size: int = option(4096, "of the tokenizer that is trained", at_least=257)
+    tokenizer: str | None = option(None, "tokenizer.json, its folder, byte, null; none: learn OUTPUT.tokenizer.json")
+    vocab_size: int = option(32768, "of the tokenizer that is learned", at_least=257)
+    append_eod: bool = option(True, "end each document with the tokenizer's end-of-document token")
+    workers: int = option(1, "processes", at_least=1)
+    key: str = option("text", "where a line of .jsonl has its text")
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,18 @@ def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
-    """FILE|FOLDER|stdlib ...: text to tokens, in Megatron's .bin and .idx"""
+    """FILE ...: text and .jsonl files to tokens, in Megatron's .bin and .idx"""
     options = toml.update(Tokenize(), table, "command line")
     if not words:
-        raise ConfigError("command line: tokenize needs FILE|FOLDER|stdlib")
+        raise ConfigError("command line: expected FILE ..., got nothing")
     from fmegatron import data
-    data.tokenize(list(words), **_fields(options))
+    tokenizer = options.tokenizer
+    if tokenizer is None:
+        texts = (text for _, text in data.documents(words, options.key))
+        tokenizer = f"{options.output}.tokenizer.json"
+        data.tokenizers.train_bpe(texts, options.vocab_size).save(tokenizer)
+    counts = data.tokenize(words, options.output, tokenizer, options.append_eod, options.workers, key=options.key)
+    print(f"{options.output}.bin: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes of text")
 
 
 def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
@@ -67,7 +76,7 @@ def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
     options = toml.update(Generate(), table, "command line")
     source, prompt = _exactly(words, "CHECKPOINT|HF_FOLDER", "PROMPT")
     from fmegatron.inference import generate
-    generate.main(source, prompt, **_fields(options))
+    generate.main(source, prompt, **{f.name: getattr(options, f.name) for f in fields(options)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,10 +125,6 @@ def _exactly(words: Sequence[str], *names: str) -> Sequence[str]:
     if len(words) != len(names):
         raise ConfigError(f"command line: expected {' '.join(names)}, got {' '.join(words) or 'nothing'}")
     return words
-
-
-def _fields(options: Tokenize | Generate) -> dict[str, object]:
-    return {f.name: getattr(options, f.name) for f in fields(options)}
 
 
 def _overview(commands: dict[str, str]) -> str:

@@ -50,11 +50,10 @@ class Model:
 class Data:
     """The text, its tokens, and how samples are cut from it."""
 
-    source: str = option("stdlib", "stdlib (this Python's source), synthetic, an indexed prefix, your.module:function")
-    valid: str | None = option(None, "prefix of held-out text; none: the last part of the source")
-    valid_fraction: float = option(0.02, "part of the source held out where valid is none", at_least=0)
-    tokenizer: str | None = option(None, "tokenizer.json or its folder; none: trained on the source, or model.hf's own")
-    vocab_size: int = option(4096, "of the tokenizer that is trained", at_least=257)
+    source: str = option("stdlib", "stdlib (this Python's own), a prefix of .bin and .idx, or your.module:function")
+    valid: str | None = option(None, "prefix of held-out text; none: what stdlib keeps for it, else no validation")
+    tokenizer: str | None = option(None, "tokenizer.json, its folder, byte, null:SIZE; none: model.hf's, or stdlib's")
+    vocab_size: int = option(4096, "of the tokenizer that stdlib trains", at_least=257)
     seq: int = option(256, "tokens in a sample", at_least=1)
     document_mask: bool = option(True, "attention stays inside a document")
     reset_positions: bool = option(True, "positions start anew in each document")

@@ -261,7 +261,8 @@ def describe(hint: Any) -> str:
         return "[" + ", ".join("..." if arg is Ellipsis else describe(arg) for arg in args) + "]"
     if kind is dict:
         return "table"
-    return {bool: "true|false", NoneType: "none", str: "text"}.get(hint) or getattr(hint, "__name__", str(hint))
+    spelled = {bool: "true|false", NoneType: "none", str: "text"}
+    return spelled[hint] if hint in spelled else str(getattr(hint, "__name__", hint))
 
 
 def _nearest(word: str, legal: Sequence[str]) -> str:

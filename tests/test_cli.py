@@ -16,7 +16,7 @@ def calls(monkeypatch):
     """The library functions behind the commands, replaced by one that records what it is given."""
     seen = []
     for module, name in {"fmegatron.train.loop": "run", "fmegatron.train.explain": "main",
-                         "fmegatron.data": "tokenize", "fmegatron.inference.generate": "main"}.items():
+                         "fmegatron.inference.generate": "main"}.items():
         fake = ModuleType(module)
         setattr(fake, name, lambda *args, _name=module, **kwargs: seen.append((_name, args, kwargs)))
         parent, _, child = module.rpartition(".")
@@ -37,13 +37,25 @@ def test_train_hands_over_one_configuration(calls):
 
 def test_the_other_commands(calls):
     assert cli.main(["explain", "quickstart", "--json", "--mesh.tp=2"]) == 0
-    assert cli.main(["tokenize", "a.txt", "b", "--output", "o", "--vocab-size", "300"]) == 0
     assert cli.main(["generate", "DIR", "a prompt", "--top_k", "5", "--temperature", "0"]) == 0
-    explain, tokenize, generate = calls
+    explain, generate = calls
     assert explain[1][0].mesh.tp == 2 and explain[2] == {"json": True}
-    assert tokenize[1:] == ((["a.txt", "b"],), {"output": "o", "tokenizer": None, "vocab_size": 300})
     assert generate[1] == ("DIR", "a prompt")
     assert generate[2] == {"tokens": 128, "temperature": 0.0, "top_k": 5, "top_p": None, "seed": 0}
+
+
+def test_tokenize_learns_a_tokenizer_and_writes_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one two one two " * 50)
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n{"body": "four"}\n')
+    words = ["tokenize", "a.txt", "b.jsonl", "--vocab-size", "260", "--key", "body", "--workers", "1"]
+    assert cli.main(words) == 0
+    assert "data.bin: 3 documents" in capsys.readouterr().out
+    assert {"data.bin", "data.idx", "data.tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+    again = ["tokenize", "a.txt", "--tokenizer", "data.tokenizer.json", "--append-eod", "false", "--output", "o"]
+    assert cli.main(again) == 0 and "o.bin: 1 documents" in capsys.readouterr().out
+    assert cli.main(["tokenize", "gone.txt", "--tokenizer", "byte"]) == 2
+    assert "gone.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, said", [
@@ -61,7 +73,7 @@ def test_the_other_commands(calls):
     ("train quickstart --json", "command line: train has no --json"),
     ("generate DIR", "command line: expected CHECKPOINT|HF_FOLDER PROMPT, got DIR"),
     ("generate DIR p --top_p -1", "command line: top_p = -1.0: must be at least 0"),
-    ("tokenize", "command line: tokenize needs FILE|FOLDER|stdlib"),
+    ("tokenize", "command line: expected FILE ..., got nothing"),
 ])
 def test_mistakes_are_one_line(words, said, calls, capsys):
     assert cli.main(words.split()) == 2
