@@ -212,7 +212,7 @@ def _on_first(fn: Callable[[], T], group: Group) -> T:
     value, failure = answer[0]
     if failure is not None:
         raise failure
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 @contextmanager
