@@ -20,7 +20,6 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 TORCH ?= torch==2.13.0
-SYSTEM_TORCH ?=
 VENV ?= .venv$(if $(SYSTEM_TORCH),-system)
 PIP_FLAGS ?=
 ARGS ?=
@@ -97,8 +96,13 @@ $(BIN)/python:
 
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@rm -f $(VENV)/installed-*
-	@echo "installing $(if $(SYSTEM_TORCH),nothing for torch: the system's,$(TORCH), the largest part)"
-	@$(if $(SYSTEM_TORCH),$(BIN)/python -c 'import torch; print("torch", torch.__version__)',$(PIP) $(TORCH))
+ifdef SYSTEM_TORCH
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "of the system")' \
+	  || { echo "make: SYSTEM_TORCH=1, but the Python of $(VENV) sees no torch" >&2; exit 1; }
+else
+	@echo "installing $(TORCH), the largest part"
+	@$(PIP) $(TORCH)
+endif
 	@echo "installing fmegatron and its dependencies"
 	@$(PIP) --editable .
 	@touch $@
