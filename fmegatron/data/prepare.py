@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmegatron.data.corpora import Document, documents
 from fmegatron.data.indexed import IndexedWriter, token_dtype
+from fmegatron.data.text import Document, documents
 from fmegatron.data.tokenizers import Tokenizer, load
 
 CHUNK = 64  # documents handed to a process at once
@@ -40,8 +40,8 @@ def tokenize(
 ) -> Counts:
     """Tokenize text and JSONL files into `output.bin` and `output.idx`, in the files' order whatever `workers` is.
 
-    `append_eod` ends each document with the tokenizer's end-of-document id. Empty documents stay, as in Megatron's tool,
-    documents of no sequence. An error leaves nothing behind, and an earlier output as it was.
+    `append_eod` ends each document with the tokenizer's end-of-document id. An empty document has no sequences, as in
+    Megatron's tool. An error leaves nothing behind, and an earlier output as it was.
     """
     made = load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     return write_documents(documents(files, key), output, made, append_eod, workers, progress)
@@ -78,8 +78,10 @@ def _encoded(chunks: Iterator[list[Document]], tokenizer: Tokenizer, workers: in
     if workers == 1:
         yield from (_encode(tokenizer, chunk) for chunk in chunks)
         return
-    # Fresh processes: a fork would copy the locks of this one's threads.
-    with multiprocessing.get_context("spawn").Pool(workers, _start, (tokenizer,)) as pool:
+    # Not plain forks, which would copy the locks of this process's threads. Its imports are made once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(workers, _start, (tokenizer,)) as pool:
         waiting = []
         for chunk in chunks:  # a window of tasks, so that a slow writer does not fill the memory
             waiting.append(pool.apply_async(_work, (chunk,)))

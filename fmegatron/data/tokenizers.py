@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers as hf
 
-# Llama-3's words and numbers, but a line break carries the indentation after it, together with the punctuation before it:
-# ":\n        " is one piece. At 4,096 tokens the standard library takes 3.90 bytes a token (Llama-3's split 3.65, GPT-2's 3.60).
+# Llama-3's words and numbers, but a line break takes the indentation after it and the punctuation before it along:
+# ":\n        " is one piece. With 4,096 tokens the standard library has 3.90 bytes a token; Llama-3's split, 3.65.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?|[\r\n]+ *|\s+(?!\S)|\s+"
 EOD = "<|endoftext|>"
 END_NAMES = (EOD, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Bytes of text that each id stands for, int64 [vocab_size], 0 for special ids; None where that has no answer."""
+        """Bytes of text behind each id, int64 [vocab_size], 0 for special ids; None where an id alone cannot tell."""
 
 
 class Bpe:
@@ -55,10 +55,10 @@ class Bpe:
     @property
     def eod(self) -> int:
         if not self._names:
-            raise ValueError(
-                f"the tokenizer has none of {', '.join(END_NAMES)} to end documents with: name one (eod=…)"
-            )
-        return int(self.inner.token_to_id(self._names[0]))
+            raise ValueError(f"no {' or '.join(END_NAMES)} in the tokenizer to end documents with: name one (eod=…)")
+        index = self.inner.token_to_id(self._names[0])
+        assert index is not None
+        return index
 
     def encode(self, text: str) -> list[int]:
         return list(self.inner.encode(text, add_special_tokens=False).ids)
@@ -120,9 +120,7 @@ class Null:
     @property
     def eod(self) -> int:
         if self.size is None:
-            raise ValueError(
-                "the null tokenizer has no end-of-document id without a size: write null:SIZE, SIZE ends documents"
-            )
+            raise ValueError("the null tokenizer has no end-of-document id: write null:SIZE, then SIZE ends documents")
         return self.size
 
     def encode(self, text: str) -> list[int]:
@@ -178,9 +176,7 @@ def load(source: str | Path, eod: str | None = None) -> Tokenizer:
         eod = eod or _eos_token(path / "tokenizer_config.json")
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
-            f"no tokenizer at {path}: give a tokenizer.json, a folder that holds one, byte, null or null:SIZE"
-        )
+        raise ValueError(f"no tokenizer at {path}: give a tokenizer.json, a folder with one, byte, null or null:SIZE")
     try:
         return Bpe(hf.Tokenizer.from_file(str(path)), eod)
     except ValueError:

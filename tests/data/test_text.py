@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fmegatron.data.compress import compressed_sizes
-from fmegatron.data.corpora import documents, held_out, stdlib_documents, stdlib_files
+from fmegatron.data.text import documents, held_out, stdlib_documents, stdlib_files
 
 
 def test_plain_files_and_jsonl(tmp_path: Path) -> None:
@@ -51,9 +51,7 @@ def test_the_standard_library_is_split_once() -> None:
 
 
 def test_the_split_depends_on_names_only() -> None:
-    assert [held_out(name) for name in ("abc.py", "ast.py", "typing.py")] == [
-        held_out(n) for n in ("abc.py", "ast.py", "typing.py")
-    ]
+    assert next(i for i in range(1000) if held_out(f"package/module_{i}.py")) == 2  # by hash, on any machine
     assert 400 < sum(held_out(f"package/module_{i}.py") for i in range(10_000)) < 600
 
 

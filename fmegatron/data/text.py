@@ -1,4 +1,4 @@
-"""Where text comes from: plain files, JSONL, and the source of this machine's own Python, real text that is always there."""
+"""Where text comes from: plain files, JSONL, and this machine's own Python library, real text that is always there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SKIPPED = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",
-}  # tests: absent on many machines
+# Tests are skipped because many machines lack them.
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 HELD_OUT = 0.05
 
 
@@ -43,9 +37,9 @@ def documents(files: Iterable[str | Path], key: str = "text") -> Iterator[Docume
 
 
 def stdlib_documents(split: str) -> Iterator[Document]:
-    """The Python standard library's own source, sorted; `split` is "train" or, by hash of the path, "valid" (about 5 %).
+    """The source files of the Python standard library, sorted by path; a hash of the path keeps 5 % for "valid".
 
-    About 10 MB in 700 files: no tests (many machines lack them), no generated tables, only UTF-8.
+    `split` is "train" or "valid". About 10 MB in 660 files: no tests, no generated tables, only UTF-8.
     """
     if split not in ("train", "valid"):
         raise ValueError(f"split {split!r}: choose train or valid")

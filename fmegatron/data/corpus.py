@@ -1,0 +1,117 @@
+"""A corpus: token files, the tokenizer that made them, and `quickstart`, which makes one from the Python at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sysconfig
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fmegatron.data import tokenizers
+from fmegatron.data.compress import compressed_sizes
+from fmegatron.data.indexed import IndexedDataset
+from fmegatron.data.prepare import Counts, write_documents
+from fmegatron.data.samples import HeldOut, Samples
+from fmegatron.data.text import stdlib_documents, stdlib_files
+
+VERSION = 1  # of what `quickstart` writes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus lies: prefixes of `.bin/.idx` pairs and a tokenizer as `tokenizers.load` takes it.
+
+    Where known: `counts` {"train": …, "valid": …}, and `bits_per_byte` {"gzip": …, "xz": …} of the held-out text.
+    """
+
+    train: str
+    tokenizer: str
+    valid: str | None = None
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def codec(self) -> tokenizers.Tokenizer:
+        """The tokenizer itself."""
+        return tokenizers.load(self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codec.vocab_size
+
+    def samples(self, seq: int, seed: int, *, reset_positions: bool = False) -> Samples:
+        """Training rows."""
+        data = IndexedDataset(self.train)
+        return Samples(data, seq, seed, reset_positions=reset_positions, vocab_size=self.vocab_size)
+
+    def held_out(self, seq: int, batch: int, *, limit: int | None = None, reset_positions: bool = False) -> HeldOut:
+        """Validation rows, `limit` of them at most."""
+        if self.valid is None:
+            raise ValueError(f"the corpus of {self.train} has no held-out split")
+        return HeldOut(
+            IndexedDataset(self.valid),
+            seq,
+            batch,
+            token_bytes=self.codec.token_bytes(),
+            limit=limit,
+            reset_positions=reset_positions,
+            vocab_size=self.vocab_size,
+        )
+
+
+Report = Callable[[str], None]  # is told, line by line, what is being done
+
+
+def quickstart(folder: str | Path, vocab_size: int = 4096, report: Report = lambda line: None) -> Corpus:
+    """The standard library as a corpus, made once, whole or not at all, in a subfolder of `folder`.
+
+    Its name tells the Python version, the vocabulary and a hash of the files. The tokenizer learns from "train" only.
+    """
+    root = Path(folder) / _name(vocab_size)
+    if not (root / "corpus.json").is_file():
+        if root.exists():
+            raise ValueError(f"{root} lacks its corpus.json: remove the folder and it is made again")
+        scratch = root.with_name(f".{root.name}.{uuid.uuid4().hex}.tmp")
+        scratch.mkdir(parents=True)
+        try:
+            _build(scratch, vocab_size, report)
+            os.rename(scratch, root)
+        except OSError:
+            if not (root / "corpus.json").is_file():  # another process may have been faster: then theirs is as good
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    facts = json.loads((root / "corpus.json").read_text())
+    counts = {split: Counts(**values) for split, values in facts["counts"].items()}
+    return Corpus(
+        str(root / "train"), str(root / "tokenizer.json"), str(root / "valid"), counts, facts["bits_per_byte"]
+    )
+
+
+def _name(vocab_size: int) -> str:
+    files = Path(sysconfig.get_paths()["stdlib"])
+    listing = [(path.relative_to(files).as_posix(), path.stat().st_size) for path in stdlib_files(files)]
+    facts = hashlib.sha256(repr((VERSION, tokenizers.PIECES, listing)).encode()).hexdigest()
+    return f"stdlib-py{platform.python_version()}-v{vocab_size}-{facts[:8]}"
+
+
+def _build(folder: Path, vocab_size: int, report: Report) -> None:
+    splits = {split: list(stdlib_documents(split)) for split in ("train", "valid")}
+    report(f"learning {vocab_size} tokens from {len(splits['train'])} files of Python's standard library")
+    codec = tokenizers.train_bpe((text for _, text in splits["train"]), vocab_size)
+    codec.save(folder / "tokenizer.json")
+    counts = {}
+    for split, texts in splits.items():
+        counts[split] = write_documents(texts, folder / split, codec, append_eod=True)
+        report(f"{split}: {counts[split].bytes:,} bytes, {counts[split].tokens:,} tokens")
+    held_out = "".join(text for _, text in splits["valid"]).encode()
+    bits = {name: 8 * size / len(held_out) for name, size in compressed_sizes(held_out).items()}
+    facts = {"counts": {split: value._asdict() for split, value in counts.items()}, "bits_per_byte": bits}
+    (folder / "corpus.json").write_text(json.dumps(facts, indent=1))
