@@ -17,6 +17,7 @@ FLOORS = [  # a module imports from floors below its own, and inside its own fol
     {"models", "optim", "data"}, {"train"}, {"inference", "rl", "plan"}, {"testing", "cli"}, {"__main__", "__init__"}]
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "OrderedDict", "Counter", "bytearray"}
+CHANGES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 Source = tuple[Path, ast.Module]
 
 
@@ -62,22 +63,40 @@ def file_size(files: list[Source], package: Path) -> list[str]:
 
 
 def no_globals(files: list[Source]) -> list[str]:
-    """No `global`; no mutable value bound at the top of a module or of a class."""
+    """No `global`; a table at the top of a module or class is a CONSTANT, not empty, that nobody changes."""
     complaints = []
     for path, tree in files:
-        complaints += [f"{path}:{node.lineno}: global {', '.join(node.names)}"
-                       for node in ast.walk(tree) if isinstance(node, ast.Global)]
-        scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+        nodes = list(ast.walk(tree))
+        complaints += [f"{path}:{n.lineno}: global {', '.join(n.names)}" for n in nodes if isinstance(n, ast.Global)]
+        tables = set()
+        scopes = [tree, *(node for node in nodes if isinstance(node, ast.ClassDef))]
         for node in (node for scope in scopes for node in scope.body):
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            name = ", ".join(target.id for target in targets if isinstance(target, ast.Name))
             call = value.func if isinstance(value, ast.Call) else None
-            called = getattr(call, "id", getattr(call, "attr", None))
-            if names != ["__all__"] and (isinstance(value, MUTABLE) or called in MUTABLE_CALLS):
-                complaints.append(f"{path}:{node.lineno}: {', '.join(names)} can be changed: a tuple, a frozenset, "
-                                  "a MappingProxyType or a function")
+            made = getattr(call, "id", getattr(call, "attr", None))
+            if isinstance(value, MUTABLE) or made in MUTABLE_CALLS:
+                tables.add(name)
+                parts = [getattr(value, part, None) for part in ("args", "keywords", "elts", "keys", "generators")]
+                if name != "__all__" and (not any(parts) or not name.isupper() or made == "defaultdict"):
+                    complaints.append(f"{path}:{node.lineno}: {name} is a global variable: make it an argument, or a "
+                                      "CONSTANT with all its values")
+        complaints += [f"{path}:{node.lineno}: {name} is a constant, and is changed here"
+                       for node in nodes for name in tables & changed(node)]
     return complaints
+
+
+def changed(node: ast.AST) -> set[str]:
+    """Names whose value this one statement or call changes in place: X[k] = v, del X[k], X += y, X.append(v)."""
+    places: list[ast.AST] = []
+    if isinstance(node, ast.Assign | ast.Delete):
+        places = [target.value for target in node.targets if isinstance(target, ast.Subscript)]
+    elif isinstance(node, ast.AugAssign):
+        places = [node.target.value if isinstance(node.target, ast.Subscript) else node.target]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+        places = [node.func.value]
+    return {getattr(place, "id", getattr(place, "attr", "")) for place in places}
 
 
 def documented(files: list[Source]) -> list[str]:
@@ -123,9 +142,14 @@ def test_the_house_is_in_order(rule):
     ("imports", "kernels/norm.py", "from fmegatron.sharding import mesh", "kernels imports fmegatron.sharding"),
     ("imports", "attic/old.py", "", "attic: has no floor"),
     ("size", "tree.py", "\n" * 301, "301 lines"),
-    ("globals", "tree.py", "CACHE = {}", "CACHE can be changed"),
-    ("globals", "tree.py", "class A:\n    seen: list[int] = []", "seen can be changed"),
-    ("globals", "tree.py", "import collections\nSEEN = collections.defaultdict(list)", "SEEN can be changed"),
+    ("globals", "tree.py", "CACHE = {}", "CACHE is a global variable"),
+    ("globals", "tree.py", "sizes = {'a': 1}", "sizes is a global variable"),
+    ("globals", "tree.py", "class A:\n    seen: list[int] = []", "seen is a global variable"),
+    ("globals", "tree.py", "import collections\nSEEN = collections.defaultdict(list)", "SEEN is a global variable"),
+    ("globals", "tree.py", "SIZES = {'a': 1}\ndef f():\n    SIZES['b'] = 2", ":3: SIZES is a constant"),
+    ("globals", "tree.py", "SIZES = {'a': 1}\ndef f():\n    del SIZES['a']", ":3: SIZES is a constant"),
+    ("globals", "tree.py", "SIZES = [1]\ndef f():\n    SIZES.append(2)", ":3: SIZES is a constant"),
+    ("globals", "tree.py", "SIZES = [1]\nSIZES += [2]", ":2: SIZES is a constant"),
     ("globals", "tree.py", "def f():\n    global x\n    x = 1", "global x"),
     ("documented", "tree.py", "def f(x: int) -> int:\n    return x", "f has no docstring"),
     ("documented", "tree.py", "def f(x) -> int:\n    'doc'", "f does not annotate x"),
@@ -143,12 +167,13 @@ def test_each_rule_can_fail(rule, path, source, word, tmp_path):
     assert any(word in complaint for complaint in complaints(rule, tmp_path))
 
 
-def test_imports_inside_a_room_and_downwards_are_fine(tmp_path):
-    for path, source in {"nn/a.py": "from . import b\nfrom .b import c\nfrom fmegatron import tree", "nn/b.py": "c = 1",
-                         "tree.py": "import torch", "__init__.py": "from fmegatron import nn"}.items():
+def test_imports_downwards_and_constants_are_fine(tmp_path):
+    files = {"nn/a.py": "from . import b\nfrom .b import c\nfrom fmegatron import tree", "tree.py": "import torch",
+             "nn/b.py": "SIZES = {'a': 1}\nc = SIZES['a']", "__init__.py": "from fmegatron import nn"}
+    for path, source in files.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(source)
-    assert complaints("imports", tmp_path) == []
+    assert complaints("imports", tmp_path) == complaints("globals", tmp_path) == []
 
 
 def test_budgets_speak(request):
