@@ -84,9 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     flags = {flag: flag in words for flag in ("--help", "-h", "--debug", "--json", "--version")}
     try:
-        return _run([word for word in words if word not in flags], flags)
+        code = _run([word for word in words if word not in flags], flags)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output has left: `fmegatron train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if flags["--debug"]:
             raise

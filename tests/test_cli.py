@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -93,6 +95,14 @@ def test_what_the_library_raises(error, code, said, monkeypatch, capsys, calls):
     monkeypatch.setattr(sys.modules["fmegatron.train.loop"], "run", fail)
     assert cli.main(["train", "quickstart"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_a_reader_may_leave():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "fmegatron", "train", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_debug_shows_the_traceback(calls):
