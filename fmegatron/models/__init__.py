@@ -1,0 +1,23 @@
+"""Models: values made of declarations and pure functions. By name, from Hugging Face, or your own."""
+
+from fmegatron.models.config import Config
+from fmegatron.models.gpt import gpt
+from fmegatron.models.model import Model, Node, run_chain
+from fmegatron.models.presets import gemma, gemma2, gpt2, llama2, llama3, mistral, preset, qwen2, qwen3
+
+__all__ = [
+    "Config",
+    "Model",
+    "Node",
+    "gemma",
+    "gemma2",
+    "gpt",
+    "gpt2",
+    "llama2",
+    "llama3",
+    "mistral",
+    "preset",
+    "qwen2",
+    "qwen3",
+    "run_chain",
+]

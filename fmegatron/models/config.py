@@ -1,0 +1,167 @@
+"""The config of a decoder, and what it means for each layer. Every field is a key in TOML and on the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fmegatron.nn.attention import Attention
+from fmegatron.nn.losses import Loss
+from fmegatron.nn.mlp import Mlp
+from fmegatron.nn.norm import Norm
+from fmegatron.nn.rope import Llama3Scaling, Rope
+from fmegatron.sharding import Size
+
+
+@dataclass(frozen=True)
+class Config:
+    """A decoder."""
+
+    # sizes
+    layers: int
+    embed: int
+    heads: int
+    mlp: int
+    vocab: int
+    kv: int | None = None  # key/value heads; None: as many as heads
+    hd: int | None = None  # features of a head; None: embed / heads
+    context: int = 2048  # longest sequence: the rows of learned positions
+    vocab_pad: int = 1  # the vocabulary is padded to a multiple of it
+    # positions
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_base: float = 10000.0
+    rope_window_base: float | None = None  # another base for windowed layers (Gemma 3)
+    rope_fraction: float = 1.0
+    rope_interleaved: bool = False
+    rope_interpolation: float = 1.0
+    rope_scaling: Llama3Scaling | None = None
+    no_rope: int | tuple[bool, ...] = 0  # n: every n-th layer turns nothing; or a flag for each layer
+    # attention
+    window: int | None = None  # keys that a query sees, itself included
+    no_window: int | tuple[bool, ...] = 0  # n: every n-th layer sees everything; or a flag for each layer
+    attention_scale: float | None = None  # None: 1 / sqrt(hd)
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    qk_norm: Literal["none", "norm", "l2"] = "none"
+    qk_layer_scaling: bool = False  # queries / layer number, undone after the product: keeps fp16 scores small
+    depth_scaling: bool = False  # scores / layer number, not undone (GPT-2's scale_attn_by_inverse_layer_idx)
+    attention_softcap: float | None = None
+    sink: Literal["none", "one", "learned"] = "none"
+    # mlp
+    activation: str = "swiglu"
+    mlp_bias: bool = False
+    # norms
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_centred: bool = False
+    norm_bias: bool = True  # of LayerNorm
+    norm_at: Literal["pre", "post", "peri", "out"] = "pre"
+    embed_norm: bool = False
+    # ends
+    tied: bool = False
+    embed_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    # loss
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_chunks: int = 1
+    # dropout
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    # initial values
+    init_std: float = 0.02
+    init_scaled: bool = True  # output projections / sqrt(2 layers), as Megatron-LM and GPT-2 do
+
+    def __post_init__(self) -> None:
+        kv = self.heads if self.kv is None else self.kv
+        if self.heads % kv:
+            legal = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ValueError(f"heads = {self.heads} do not divide into kv = {kv} groups: kv can be one of {legal}")
+        if self.hd is None and self.embed % self.heads:
+            raise ValueError(f"embed = {self.embed} does not divide into heads = {self.heads}: change one, or set hd")
+        for name, flags in (("no_rope", self.no_rope), ("no_window", self.no_window)):
+            if isinstance(flags, tuple | list) and len(flags) != self.layers:
+                raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
+        if self.qk_layer_scaling and self.attention_softcap is not None:
+            raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
+
+    @property
+    def sizes(self) -> dict[str, int | Size]:
+        """The table of named sizes."""
+        heads, vocab = self.heads, Size(self.vocab, self.vocab_pad) if self.vocab_pad > 1 else self.vocab
+        return {
+            "layers": self.layers,
+            "embed": self.embed,
+            "heads": heads,
+            "kv": heads if self.kv is None else self.kv,
+            "hd": self.head_dim,
+            "mlp": self.mlp,
+            "vocab": vocab,
+            "position": self.context,
+        }
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.embed // self.heads if self.hd is None else self.hd
+
+    @property
+    def block_norm(self) -> Norm:
+        """The norm of the residual stream."""
+        return Norm(self.norm, self.norm_eps, self.norm_centred, self.norm_bias)
+
+    @property
+    def block_mlp(self) -> Mlp:
+        """The feed-forward block."""
+        return Mlp(self.activation, self.mlp_bias)
+
+    @property
+    def head(self) -> Loss:
+        """How logits are made and judged."""
+        return Loss(self.label_smoothing, self.z_loss, self.logit_softcap, self.logit_multiplier)
+
+    @property
+    def dropouts(self) -> bool:
+        """Whether anything is dropped."""
+        return max(self.embed_dropout, self.attention_dropout, self.hidden_dropout) > 0
+
+
+def chosen(flags: int | tuple[bool, ...], layer: int) -> bool:
+    """Whether a layer (from 0) is one of every n-th (n, 2n, … counted from 1, as Megatron-LM counts), or flagged."""
+    return (flags > 0 and (layer + 1) % flags == 0) if isinstance(flags, int) else flags[layer]
+
+
+def attention_of(c: Config, layer: int) -> Attention:
+    """What a layer's attention computes; layers with equal values are of one kind, and compile once."""
+    window = None if c.window is None or chosen(c.no_window, layer) else c.window
+    local = c.rope_window_base is not None and window is not None
+    base = c.rope_window_base if local and c.rope_window_base is not None else c.rope_base
+    turns = Rope(
+        base,
+        c.rope_fraction,
+        c.rope_interleaved,
+        1.0 if local else c.rope_interpolation,
+        None if local else c.rope_scaling,
+    )
+    scale = c.attention_scale or 1 / math.sqrt(c.head_dim)
+    return Attention(
+        scale=scale / (layer + 1) if c.depth_scaling else scale,
+        rope=turns if c.positions == "rope" and not chosen(c.no_rope, layer) else None,
+        table="rope.window" if local else "rope",
+        window=window,
+        bias=c.attention_bias,
+        out_bias=c.attention_out_bias,
+        norm={"none": None, "norm": c.block_norm, "l2": Norm("l2", c.norm_eps)}[c.qk_norm],
+        softcap=c.attention_softcap,
+        sink=None if c.sink == "none" else c.sink,
+        undo=float(layer + 1) if c.qk_layer_scaling else 1.0,
+        dropout=c.attention_dropout,
+    )
+
+
+def kinds(c: Config) -> list[Attention]:
+    """The kind of each layer."""
+    return [attention_of(c, i) for i in range(c.layers)]

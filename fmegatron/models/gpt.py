@@ -1,0 +1,185 @@
+"""One decoder for GPT-2, Llama, Qwen, Mistral and Gemma: a config, a block, and the chain that joins blocks to a model.
+
+embed  tokens -> h          token table (+ learned positions), multiplier, norm; rotations for all layers, once
+layer  h -> h               h + attention(norm(h)), then h + mlp(norm(h))
+final  h -> out             last norm
+loss   out, labels -> sums  logits over a sharded vocabulary, a piece of the sequence at a time
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fmegatron import random
+from fmegatron.models.config import Config, kinds
+from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
+from fmegatron.nn import attention, dropout, embedding, losses, mlp, norm, rope
+from fmegatron.nn.attention import Attention
+from fmegatron.nn.param import Param, normal, stack
+from fmegatron.sharding import Sharding
+
+
+# -- nodes ----------------------------------------------------------------------------------------------------------
+def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """Tokens to the residual stream; and all that attention needs to know of them, brought to where its heads lie."""
+    tokens = v["tokens"]
+    place = sh.index("seq", "batch seq", tokens)[None]
+    positions = v.get("positions", place)
+    out = {"h": embedding.apply(sh, p, tokens, positions, c.embed_multiplier)}
+    if c.embed_norm:
+        out["h"] = norm.apply(c.block_norm, p["norm"], out["h"])
+    heads = "batch seq heads hd"
+    for a in {a.table: a for a in kinds(c) if a.rope is not None}.values():
+        here = sh.align(positions, "batch seq", within=heads)
+        out[f"{a.table}.cos"], out[f"{a.table}.sin"] = rope.tables(a.rope, c.head_dim, here)  # type: ignore[arg-type]
+    for name in ("order", "documents"):
+        if name in v:
+            out[f"{name}.q"] = sh.align(v[name], "batch seq", within=heads)
+            out[f"{name}.k"] = sh.relayout(v[name], "batch seq -> batch kv_seq")
+    if key is not None:
+        out |= dropout.places(sh, v, place)
+        out["h"] = dropout.apply(sh, c.embed_dropout, key, out["h"], out)
+    return out
+
+
+def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """One block: attention, then the feed-forward, each added to the residual stream."""
+    n = c.block_norm
+
+    def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
+        y = block(norm.apply(n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
+        if c.norm_at in ("peri", "out"):
+            y = norm.apply(n, p[f"{name}_out_norm"], y)
+        if key is not None and c.hidden_dropout:
+            y = dropout.apply(sh, c.hidden_dropout, random.fold_in(key, site), y, v)
+        return norm.apply(n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
+
+    h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
+    h = add(h, "mlp", 1, lambda x: mlp.apply(sh, c.block_mlp, p["mlp"], x))
+    return {"h": h}
+
+
+def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """The last norm; the stream, labels and weights to where the loss wants their sequence."""
+    h = norm.apply(c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
+    return {
+        "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),
+        "out.labels": sh.relayout(v["labels"], "batch seq -> batch loss_seq"),
+        "out.weights": sh.relayout(v["weights"], "batch seq -> batch loss_seq"),
+    }
+
+
+def loss(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """Local sums of the loss's terms, over a piece of the sequence or all of it."""
+    terms = losses.cross_entropy(sh, c.head, v["out"], p["table"], v["out.labels"], v["out.weights"])
+    return {f"loss.{name}": value for name, value in terms.items()}
+
+
+def output(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """Logits in place of the loss."""
+    return {"logits": losses.logits(sh, c.head, v["out"], p["table"])}
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+def declare_layer(c: Config, a: Attention) -> dict[str, Any]:
+    """Weights of one block."""
+    inner = normal(c.init_std)
+    outer = normal(c.init_std / math.sqrt(2 * c.layers)) if c.init_scaled else inner
+    p: dict[str, Any] = {"attn": attention.declare(a, inner, outer), "mlp": mlp.declare(c.block_mlp, inner, outer)}
+    for name in ("attn", "mlp"):
+        if c.norm_at != "out":
+            p[f"{name}_norm"] = norm.declare(c.block_norm)
+        if c.norm_at in ("peri", "out"):
+            p[f"{name}_out_norm"] = norm.declare(c.block_norm)
+    return p
+
+
+def runs(c: Config) -> list[range]:
+    """Neighbouring layers whose weights have one structure: what is stacked together."""
+    found: list[range] = []
+    declared = [declare_layer(c, a) for a in kinds(c)]
+    for i in range(c.layers):
+        if found and declared[i] == declared[found[-1].start]:
+            found[-1] = range(found[-1].start, i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
+
+
+CONTEXT = (
+    "rope.cos",
+    "rope.sin",
+    "rope.window.cos",
+    "rope.window.sin",
+    "order.q",
+    "order.k",
+    "documents.q",
+    "documents.k",
+)
+BATCH = ("tokens", "positions", "order", "documents", "sample")
+PLACES = ("sample", "place.h", "place.q", "place.k")
+
+
+def gpt(c: Config) -> Model:
+    """The model of a config."""
+    every = kinds(c)
+    declare: dict[str, Any] = {"embed": embedding.declare(normal(c.init_std), c.positions == "learned")}
+    if c.embed_norm:
+        declare["embed"]["norm"] = norm.declare(c.block_norm)
+    declare["layers"] = {str(run.start): stack(declare_layer(c, every[run.start]), len(run)) for run in runs(c)}
+    if c.norm_at != "post":
+        declare["norm"] = norm.declare(c.block_norm)
+    if not c.tied:
+        declare["head"] = {"weight": Param("vocab embed", normal(c.init_std))}
+    head = (("table", "embed.token" if c.tied else "head.weight"),)
+    live = (*CONTEXT, *PLACES) if c.dropouts else CONTEXT
+    fns = {a: partial(layer, c, a) for a in every}  # one function a kind: what is compiled once
+    blocks = [
+        Node(
+            fn=fns[every[i]],
+            params=(("", f"layers.{run.start}"),),
+            reads=("h", *live),
+            writes=("h",),
+            layer=i - run.start,
+            index=i + 1,
+        )
+        for run in runs(c)
+        for i in run
+    ]
+    ends = ("out", "out.labels", "out.weights")
+    chain = (
+        Node(
+            partial(embed, c), (("", "embed"),), ("tokens", "positions", "order", "documents", "sample"), ("h", *live)
+        ),
+        *blocks,
+        Node(
+            partial(final, c),
+            (("norm", "norm"),) if "norm" in declare else (),
+            ("h", "labels", "weights"),
+            ends,
+            index=c.layers + 1,
+        ),
+        Node(
+            partial(loss, c),
+            head,
+            ends,
+            tuple(f"loss.{name}" for name in c.head.terms),
+            index=c.layers + 2,
+            chunks=c.loss_chunks,
+        ),
+    )
+    return Model(
+        declare=declare,
+        sizes=c.sizes,
+        chain=chain,
+        inputs=next_token,
+        counts_of=count_tokens(c.head.terms),
+        output=Node(partial(output, c), head, ("out",), ("logits",), index=c.layers + 2),
+        config=c,
+        dropout=c.dropouts,
+    )

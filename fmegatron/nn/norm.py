@@ -1,0 +1,45 @@
+"""LayerNorm and RMSNorm over the last dim, in fp32 whatever comes in.
+
+layer    (x - mean) / sqrt(var + eps) * weight + bias
+rms       x / sqrt(mean(x^2) + eps) * weight
+l2        x / sqrt(mean(x^2) + eps)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fmegatron.nn.param import Param, bias, ones, zeros
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which norm; `centred` stores weight - 1, so that decay would pull the scale to one (zero-centred gamma)."""
+
+    kind: Literal["rms", "layer", "l2"] = "rms"
+    eps: float = 1e-5
+    centred: bool = False
+    bias: bool = True  # of "layer"
+
+
+def declare(norm: Norm, names: str = "embed") -> dict[str, Param]:
+    """The norm's weights over dims `names`."""
+    if norm.kind == "l2":
+        return {}
+    weight = {"weight": Param(names, zeros if norm.centred else ones, decay=False)}
+    return weight | ({"bias": bias(names)} if norm.kind == "layer" and norm.bias else {})
+
+
+def apply(norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
+    """Normalise [..., n] over its last dim; the result has x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = p["weight"].to(wide.dtype) + (1.0 if norm.centred else 0.0) if "weight" in p else None
+    if norm.kind == "layer":
+        shift = p["bias"].to(wide.dtype) if "bias" in p else None
+        return torch.nn.functional.layer_norm(wide, x.shape[-1:], weight, shift, norm.eps).to(x.dtype)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    return (y if weight is None else y * weight).to(x.dtype)
