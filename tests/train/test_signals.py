@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,19 @@ def test_a_second_press_ends_the_process(grace: str, then: str) -> None:
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=20) == -signal.SIGINT
         assert "SIGINT: stopping after this step" in child.stderr.read()
+
+
+VOTES = """
+import sys
+import torch.distributed as dist
+from fmegatron.train.signals import any_rank
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+print([any_rank(sys.argv[2] == "1" and step == 2) for step in range(3)])
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_stop_at_the_step_at_which_one_was_asked(tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", VOTES, str(tmp_path / "store"), str(rank)] for rank in range(2)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert [child.communicate(timeout=60)[0] for child in children] == ["[False, False, True]\n"] * 2
