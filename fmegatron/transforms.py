@@ -1,6 +1,6 @@
 """Derivatives of blocks, by three engines behind one function: the only file that knows them.
 
-    out, pullback = vjp(fn, wrt, rest, engine)       grads = pullback(cotangents)
+    values, moving, pullback = engine.vjp(fn, wrt, rest)       grads = pullback(cotangents)
 
     FUNC       torch.func: nests under vmap and grad; for virtual meshes, per-example gradients, second derivatives
     AUTOGRAD   torch.autograd: eager, lean in memory
@@ -32,12 +32,14 @@ Block = Callable[[Tree, Tree], Values]
 
 # cotangents of (some of) the outputs -> gradients, a tree like `wrt`
 Pullback = Callable[[Mapping[str, Tensor]], Tree]
+# a block's values, the names among them that may depend on `wrt`, its pullback
+Derivative = tuple[Values, frozenset[str], Pullback]
 
 
 class Engine(Protocol):
     """One way to differentiate a block; `kind` names what is compiled once."""
 
-    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]: ...
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative: ...
 
 
 def inside_transform() -> bool:
@@ -50,24 +52,28 @@ def inside_transform() -> bool:
 class Func:
     """torch.func.vjp."""
 
-    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]:
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
         moving = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
 
-        def on_moving(*values: Tensor) -> Values:
+        def on_moving(*values: Tensor) -> tuple[Values, Values]:
             now = list(leaves)
             for i, value in zip(moving, values, strict=True):
                 now[i] = value
-            return fn(tree.unflatten(spec, now), rest)
+            both = fn(tree.unflatten(spec, now), rest)
+            smooth = {name: y for name, y in both.items() if y.is_floating_point()}
+            return smooth, {name: y for name, y in both.items() if name not in smooth}
 
-        out, pull = torch.func.vjp(on_moving, *(leaves[i] for i in moving))
+        out, pull, others = torch.func.vjp(on_moving, *(leaves[i] for i in moving), has_aux=True)
 
         def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
-            full = {name: cotangents[name] if name in cotangents else torch.zeros_like(y) for name, y in out.items()}
+            full = {
+                name: cotangents[name].to(y.dtype) if name in cotangents else torch.zeros_like(y) for name, y in out.items()
+            }
             grads = dict(zip(moving, pull(full), strict=True))
             return tree.unflatten(spec, [grads.get(i, torch.zeros_like(leaf)) for i, leaf in enumerate(leaves)])
 
-        return out, pullback
+        return {**out, **others}, frozenset(out), pullback
 
 
 # -- torch.autograd -------------------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ class Func:
 class Autograd:
     """A graph recorded on detached leaves, which share memory with the tensors given."""
 
-    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> tuple[Values, Pullback]:
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         with torch.enable_grad():
@@ -95,7 +101,7 @@ class Autograd:
             filled = [torch.zeros_like(x) if grads.get(i) is None else grads[i] for i, x in enumerate(leaves)]
             return tree.unflatten(spec, filled)
 
-        return {name: y.detach() for name, y in out.items()}, pullback
+        return {name: y.detach() for name, y in out.items()}, frozenset(outputs), pullback
 
     def call(self, fn: Block, spec: Any, leaves: list[Tensor], rest: Tree, kind: Hashable) -> Values:
         """The forward pass."""

@@ -37,9 +37,17 @@ class Op:
 
     axis: Axis
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        """The result on this rank, or on all stacked ranks, by the primitives of `via`."""
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        """Start it by the primitives of `via`, on this rank or on all stacked ranks; `complete` waits for the result."""
         raise NotImplementedError
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        """The result of what `issue` returned."""
+        return via.wait(issued)
+
+    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        """Issue it and wait."""
+        return self.complete(self.issue(x, rank, via), via)
 
     @property
     def transpose(self) -> Op:
@@ -55,16 +63,16 @@ class Op:
 class Psum(Op):
     """Every rank gets the sum."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return via.wait(via.all_reduce(x, self.axis, rank, "sum"))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.all_reduce(x, self.axis, rank, "sum")
 
 
 @dataclass(frozen=True)
 class Pmax(Op):
     """Every rank gets the maximum; not linear, hence without derivative: give it detached values."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return via.wait(via.all_reduce(x, self.axis, rank, "max"))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.all_reduce(x, self.axis, rank, "max")
 
     @property
     def transpose(self) -> Op:
@@ -75,8 +83,11 @@ class Pmax(Op):
 class Once(Op):
     """Kept on the first rank of the axis, zeros elsewhere: what all ranks hold alike is counted once."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
         return via.keep_first(x, self.axis, rank)
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        return issued
 
 
 @dataclass(frozen=True)
@@ -101,8 +112,11 @@ class AlongDim(Op):
 class AllGather(AlongDim):
     """Every rank gets the whole dim."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return self.join(via.wait(via.all_gather(x, self.axis, rank)))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.all_gather(x, self.axis, rank)
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        return self.join(via.wait(issued))
 
     @property
     def transpose(self) -> Op:
@@ -113,8 +127,8 @@ class AllGather(AlongDim):
 class ReduceScatter(AlongDim):
     """Each rank gets its piece of the sum."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return via.wait(via.reduce_scatter(self.cut(x), self.axis, rank))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.reduce_scatter(self.cut(x), self.axis, rank)
 
     @property
     def transpose(self) -> Op:
@@ -125,8 +139,11 @@ class ReduceScatter(AlongDim):
 class Take(AlongDim):
     """Each rank keeps its piece of what all hold: no communication."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
         return via.pick(self.cut(x), self.axis, rank)
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        return issued
 
     @property
     def transpose(self) -> Op:
@@ -137,8 +154,11 @@ class Take(AlongDim):
 class Place(AlongDim):
     """Each rank's piece among zeros: a partial whole, without communication."""
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
         return self.join(via.spread(x, self.axis, rank))
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        return issued
 
     @property
     def transpose(self) -> Op:
@@ -155,9 +175,11 @@ class AllToAll(Op):
     def under(self, dims: int) -> Op:
         return replace(self, split=self.split + dims, joined=self.joined + dims)
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        blocks = AllGather(self.axis, self.split).cut(x)
-        return AllGather(self.axis, self.joined).join(via.wait(via.all_to_all(blocks, self.axis, rank)))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.all_to_all(AllGather(self.axis, self.split).cut(x), self.axis, rank)
+
+    def complete(self, issued: Tensor, via: Transport) -> Tensor:
+        return AllGather(self.axis, self.joined).join(via.wait(issued))
 
     @property
     def transpose(self) -> Op:
@@ -170,8 +192,8 @@ class Ppermute(Op):
 
     source: tuple[int, ...]
 
-    def run(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return via.wait(via.permute(x, self.axis, rank, self.source))
+    def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
+        return via.permute(x, self.axis, rank, self.source)
 
     @property
     def transpose(self) -> Op:

@@ -6,6 +6,7 @@ here needs names only, and issues the collectives that follow from them. With on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,11 +105,8 @@ class Sharding:
         size = self.sizes[name]
         if not isinstance(size, Size):
             return size
-        shards = 1
-        for axis in self.mesh.axes:
-            if any(n == name and axis.name in {a.rstrip("?") for a in axes} for n, axes in self.rules.compute):
-                shards *= axis.size
-        return size.padded(shards)
+        named_by = {a.rstrip("?") for n, axes in self.rules.compute if n == name for a in axes}
+        return size.padded(math.prod(axis.size for axis in self.mesh.axes if axis.name in named_by))
 
     def true_size(self, name: str) -> int:
         """The global size of a bound name without pads."""
@@ -120,6 +118,12 @@ class Sharding:
         place = self.placement(names)
         local = x.shape[place.names.index(name)]
         return torch.arange(local, device=x.device) + named.offset(self.mesh, self.rank, place.of(name), local)
+
+    def slice_index(self, name: str, axes: tuple[str, ...], like: Tensor) -> Tensor:
+        """Global indices of this rank's slice of a bound dim that lies over `axes`: int64 [size / ranks], on like's device."""
+        shards = math.prod(self.mesh[axis].size for axis in axes)
+        local = self.size(name) // shards
+        return torch.arange(local, device=like.device) + named.offset(self.mesh, self.rank, axes, local)
 
     # -- moving data ------------------------------------------------------------------------------------------------
     def relayout(self, x: Tensor, pattern: str) -> Tensor:

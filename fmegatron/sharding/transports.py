@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 
 class Transport(Protocol):
-    """What a collective needs of the machine; see the module's table."""
+    """What a collective needs of the machine; see the module's table. `background`: issued work goes on by itself."""
 
+    @property
+    def background(self) -> bool: ...
     def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor: ...
     def all_gather(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def reduce_scatter(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
@@ -46,6 +48,8 @@ class Transport(Protocol):
 
 class OneRank:
     """The primitives without communication, for transports on which a rank sees only its own values."""
+
+    background = False
 
     def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
         return blocks.index_select(0, axis.coordinate(rank).reshape(1)).squeeze(0)
@@ -66,6 +70,7 @@ class Group(OneRank):
     """A process group, through the functional collectives that Inductor knows; results are issued, `wait` completes them."""
 
     name: str
+    background = True
 
     def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor:
         return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.name)
@@ -116,6 +121,8 @@ class Abstract(OneRank):
 @dataclass(frozen=True)
 class Stacked:
     """All ranks on one leading dim of R = outer * n * stride; every primitive is a reshape and a sum or a transpose."""
+
+    background = False
 
     def _split(self, x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x.unflatten(dim, (-1, axis.size, axis.stride))
@@ -226,6 +233,10 @@ class Counted:
     inner: Transport
     send: Send = field(compare=False)
     stacked: bool = False
+
+    @property
+    def background(self) -> bool:
+        return self.inner.background
 
     def _report(self, name: str, axis: Axis, x: Tensor, dim: int) -> None:
         self.send(name, axis.name, x.select(dim, 0) if self.stacked else x)

@@ -1,0 +1,105 @@
+"""Several tensors on their ways at once: what goes along one axis by one kind of collective travels in one bucket.
+
+    finish = start(tensors, plans, rank)     issues the first collective where the mesh can run it in the background
+    tensors = finish()                       waits, and does the rest
+
+A block's parameters are gathered so, and its gradients scattered: one collective an axis, however many leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fmegatron.sharding.collectives import AllGather, AlongDim, Op, Psum, ReduceScatter, apply
+
+Plan = tuple[Op, ...]
+
+
+def start(xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None) -> Callable[[], list[Tensor]]:
+    """Send each tensor through the ops of its plan; returns a function that waits for the results.
+
+    limit: most elements in a bucket; None is no limit. Not differentiable: for parameters and finished gradients.
+    """
+    now, left = list(xs), [list(plan) for plan in plans]
+    first = _next_group(now, left, limit)
+    pending = _issue(now, left, first, rank) if first else None
+
+    def finish() -> list[Tensor]:
+        group, results = first, pending
+        while group:
+            assert results is not None
+            for i, y in zip(group, results(), strict=True):
+                now[i] = y
+                left[i].pop(0)
+            group = _next_group(now, left, limit)
+            results = _issue(now, left, group, rank) if group else None
+        return now
+
+    return finish
+
+
+def run_together(xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None) -> list[Tensor]:
+    """`start` and finish at once."""
+    return start(xs, plans, rank, limit)()
+
+
+def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | None) -> list[int]:
+    """The tensors whose next op is of the kind, axis and dtype of the first unfinished one's, up to the limit."""
+    group: list[int] = []
+    elements = 0
+    for i, ops in enumerate(left):
+        if not ops:
+            continue
+        lead = left[group[0]][0] if group else ops[0]
+        alike = type(ops[0]) is type(lead) and ops[0].axis is lead.axis and (not group or xs[i].dtype == xs[group[0]].dtype)
+        fits = limit is None or not group or elements + xs[i].numel() <= limit
+        if alike and fits and (not group or isinstance(lead, AllGather | ReduceScatter | Psum)):
+            group.append(i)
+            elements += xs[i].numel()
+    return group
+
+
+def _issue(
+    xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None
+) -> Callable[[], list[Tensor]]:
+    """Issue the group's common op; the returned function waits for the tensors."""
+    assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
+    ops, mine = [left[i][0] for i in group], [xs[i] for i in group]
+    axis = ops[0].axis
+    if len(group) == 1:
+        wait = _issue_one(mine[0], ops[0], rank)
+        return lambda: [wait()]
+    if isinstance(ops[0], ReduceScatter):
+        pieces = [op.cut(x) for op, x in zip(ops, mine, strict=True) if isinstance(op, AlongDim)]
+        flat = torch.cat([p.reshape(axis.size, -1) for p in pieces], 1).reshape(-1)
+        shapes = [p.shape[1:] for p in pieces]
+        wait = _issue_one(flat, ReduceScatter(axis, 0), rank)
+    else:
+        flat = torch.cat([x.reshape(-1) for x in mine])
+        shapes = [x.shape for x in mine]
+        wait = _issue_one(flat, AllGather(axis, 0) if isinstance(ops[0], AllGather) else Psum(axis), rank)
+    sizes = [shape.numel() for shape in shapes]
+
+    def results() -> list[Tensor]:
+        if not isinstance(ops[0], AllGather):
+            return [part.reshape(shape) for part, shape in zip(wait().split(sizes), shapes, strict=True)]
+        parts = wait().reshape(axis.size, -1).split(sizes, 1)
+        return [
+            op.join(part.reshape(axis.size, *shape))
+            for op, part, shape in zip(ops, parts, shapes, strict=True)
+            if isinstance(op, AlongDim)
+        ]
+
+    return results
+
+
+def _issue_one(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:
+    via = op.axis.transport
+    if not via.background:
+        y = apply(x, rank, op)
+        return lambda: y
+    issued = op.issue(x, rank, via)
+    return lambda: op.complete(issued, via)

@@ -1,0 +1,158 @@
+"""One forward and backward walk over a model's chain of nodes, with its own say on memory and communication.
+
+    forward    for node in chain:            gather its parameters, run it, keep its graph (or only what it read)
+    backward   for node in reversed(chain):  its gradients, given away at once
+
+Not keeping a node's graph is remat, gathering early is prefetch. A node that may be cut into parts (the loss) runs
+backward part by part in the forward walk, so that one part's logits are all that ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import random
+from fmegatron.models.model import Node, Values
+from fmegatron.sharding import Sharding
+from fmegatron.train.gradients import Gradients
+from fmegatron.train.remat import Remat
+from fmegatron.train.weights import Weights
+from fmegatron.transforms import Engine, Pullback
+from fmegatron.tree import Tree
+
+
+@dataclass
+class Step:
+    """What a walk needs beside the batch: set up once a microbatch."""
+
+    sh: Sharding
+    engine: Engine
+    weights: Weights
+    gradients: Gradients
+    seeds: Mapping[str, Tensor]
+    key: Tensor | None
+    cotangents: dict[str, Tensor] = field(default_factory=dict)
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Ran:
+    """A node that ran forward: its parameters, and how to go back."""
+
+    node: Node
+    own: Tree
+    pullback: Pullback | None
+
+
+def visits(chain: Sequence[Node], remat: Remat, freed: Callable[[Node], bool]) -> list[Node]:
+    """The order in which a walk needs the nodes' parameters; freed: whether a node's are gone when backward comes."""
+    order = list(chain)
+    for segment, again in reversed(remat.segments(chain)):
+        if again:
+            order += segment
+        else:
+            order += [node for node in reversed(segment) if not node.chunks and freed(node)]
+    return order
+
+
+def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Values:
+    """Add the gradients of the loss over a batch to `step.gradients`; returns {"loss.TERM": local sum}."""
+    values, moving = dict(batch), frozenset[str]()
+    tape: list[tuple[list[Node], bool, Values, frozenset[str], list[Ran]]] = []
+    for segment, again in remat.segments(chain):
+        before, moved_before, ran = values, moving, []
+        for node in segment:
+            values, moving, done = forward(node, step, values, moving, tap=True)
+            if not again:
+                ran.append(done)
+            step.weights.leave(node, done.own)
+        reads = {name for node in segment for name in node.reads}
+        saved = {name: x for name, x in before.items() if name in reads} if again else {}
+        tape.append((segment, again, saved, moved_before, ran))
+        del before
+    losses = {name: x for name, x in values.items() if name.startswith("loss.")}
+    step.cotangents.update({name: step.seeds[name.removeprefix("loss.")] for name in losses})
+    del values
+    while tape:
+        segment, again, saved, moved, ran = tape.pop()
+        for node in segment if again else ():
+            saved, moved, done = forward(node, step, saved, moved, tap=False)
+            ran.append(done)
+        del saved
+        while ran:
+            backward(ran.pop(), step, freed=not again)
+    return losses
+
+
+def forward(
+    node: Node, step: Step, values: Values, moving: frozenset[str], tap: bool
+) -> tuple[Values, frozenset[str], Ran]:
+    """Run one node. moving: names of values that depend on parameters."""
+    own = step.weights.take(node)
+    reads = {name: values[name] for name in node.reads if name in values}
+    if node.chunks:
+        losses = in_parts(node, step, own, reads, moving)
+        return {**values, **losses}, moving, Ran(node, own, None)
+    out, moved, pullback = differentiate(node, step, own, reads, moving, tap)
+    if tap:
+        step.taps.update({name: x for name, x in out.items() if name.startswith("tap.")})
+    new = {name: x for name, x in out.items() if not name.startswith("tap.")}
+    return {**values, **new}, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback)
+
+
+def differentiate(
+    node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str], tap: bool
+) -> tuple[Values, frozenset[str], Pullback]:
+    """A node's values, the names among them that depend on parameters, and its pullback."""
+    key = None if step.key is None else random.fold_in(step.key, node.index)
+    wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
+    rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
+
+    def block(wrt: Tree, rest: Tree) -> Values:
+        taps: dict[str, tuple[str, Tensor]] = {}
+        sh = step.sh.at(rest["rank"]) if rest["rank"] is not None else step.sh
+        out = node.fn(sh.tapping(taps if tap else None), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
+        return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
+
+    return step.engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute, tap))
+
+
+def backward(ran: Ran, step: Step, freed: bool) -> None:
+    """Pull cotangents back through a node, and give its gradients away; freed: whether its parameters were left."""
+    if ran.pullback is None:
+        return
+    if freed and step.weights.frees(ran.node):
+        step.weights.restore(ran.node, ran.own)
+    mine = {name: step.cotangents.pop(name) for name in ran.node.writes if name in step.cotangents}
+    grads = ran.pullback(mine)
+    ran.pullback = None
+    step.weights.leave(ran.node, ran.own)
+    for name, x in grads["reads"].items():
+        step.cotangents[name] = step.cotangents[name] + x if name in step.cotangents else x
+    step.gradients.add(ran.node, grads["own"])
+
+
+def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]) -> Values:
+    """Run a node forward and backward, part by part along dim 1 of what it reads; returns the sums of its values."""
+    length = next(iter(reads.values())).shape[1]
+    parts = max(n for n in range(1, node.chunks + 1) if length % n == 0)
+    total: Values = {}
+    cotangents: dict[str, list[Tensor]] = {}
+    for i in range(parts):
+        part = {name: x.narrow(1, i * (length // parts), length // parts).contiguous() for name, x in reads.items()}
+        out, _, pullback = differentiate(node, step, own, part, moving, tap=False)
+        grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})
+        del pullback
+        step.gradients.add(node, grads["own"])
+        for name, x in grads["reads"].items():
+            cotangents.setdefault(name, []).append(x)
+        total = {name: x + total[name] if name in total else x for name, x in out.items()}
+    for name, pieces in cotangents.items():
+        x: Any = torch.cat(pieces, 1)
+        step.cotangents[name] = step.cotangents[name] + x if name in step.cotangents else x
+    return total

@@ -1,0 +1,77 @@
+"""Where gradients gather: one buffer a leaf, in the parameter's dtype, over all microbatches of a step.
+
+A leaf that the optimizer holds sharded gets its gradient by reduce_scatter as soon as a block has it; a leaf held whole is
+added up locally and reduced once, at the end. How many collectives that is, is written in the leaves' plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models.model import Node
+from fmegatron.sharding import Sharding
+from fmegatron.sharding.bucket import run_together, start
+from fmegatron.train.leaves import BUCKET, Leaf
+from fmegatron.train.weights import node_leaves
+from fmegatron.tree import Tree
+
+
+class Gradients:
+    """Accumulators for a step; `add` a node's gradients, microbatch by microbatch, then `finish`."""
+
+    def __init__(self, sh: Sharding, leaves: dict[str, Leaf], params: dict[str, Tensor]) -> None:
+        self.sh, self.leaves = sh, leaves
+        self.dtypes = {path: x.dtype for path, x in params.items()}
+        self.sums: dict[str, Tensor] = {}
+        self.seen: set[tuple[str, int | None]] = set()
+        self.pending: Callable[[], None] | None = None
+
+    def add(self, node: Node, grads: Tree) -> None:
+        """Add one node's gradients, as they lie in use; a reduce_scatter goes on until the next call."""
+        own = node_leaves(node, self.leaves)
+        values = tree.to_paths(grads)
+        moving = [leaf.path for name, leaf in own.items() if leaf.scatter]
+        shards = [values[name] for name in own]
+        shards = [x.to(self.dtypes[leaf.path]) if leaf.scatter else x for x, leaf in zip(shards, own.values(), strict=True)]
+        finish = start(shards, [leaf.scatter for leaf in own.values()], self.sh.rank)
+        self.flush()
+
+        def store() -> None:
+            for leaf, x in zip(own.values(), finish(), strict=True):
+                self._store(leaf, node.layer if leaf.stacked else None, x)
+
+        if moving:
+            self.pending = store
+        else:
+            store()
+
+    def flush(self) -> None:
+        """Wait for the reduction under way."""
+        if self.pending is not None:
+            self.pending()
+            self.pending = None
+
+    def _store(self, leaf: Leaf, layer: int | None, x: Tensor) -> None:
+        dtype = self.dtypes[leaf.path]
+        if leaf.path not in self.sums:
+            # made from a gradient: under a vmap it then has every dim that gradients have
+            shape = x.shape if layer is None else (leaf.param.layers or 0, *x.shape)
+            self.sums[leaf.path] = x.new_empty(shape, dtype=dtype)
+        total = self.sums[leaf.path] if layer is None else self.sums[leaf.path][layer]
+        if (leaf.path, layer) in self.seen:
+            total.add_(x)
+        else:
+            total.copy_(x)
+            self.seen.add((leaf.path, layer))
+
+    def finish(self, like: Tree) -> Tree:
+        """The step's gradients, as the optimizer holds its state, in a tree like `like`."""
+        self.flush()
+        paths = list(self.leaves)
+        missing = [path for path in paths if path not in self.sums]
+        assert not missing, f"no node reads the parameter(s) {', '.join(missing)}"
+        done = run_together([self.sums[p] for p in paths], [self.leaves[p].finish for p in paths], self.sh.rank, BUCKET)
+        return tree.unflatten(tree.flatten(like)[1], done)

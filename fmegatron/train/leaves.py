@@ -1,0 +1,98 @@
+"""Where each leaf of the parameters lies, in use, at rest and in the optimizer, and the ways between: all of it data.
+
+                    gather                                 scatter                finish
+    storage ----------------------> compute ; gradients ------------> accumulator -------> optimizer
+        ^    (a layer at a time)                     (a microbatch)             (a step)       |
+        '-------------------------------------- give ------------------------------------------'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fmegatron import tree
+from fmegatron.models.model import Model
+from fmegatron.nn.param import Param
+from fmegatron.sharding import Placement, Sharding
+from fmegatron.sharding.bucket import Plan, run_together
+from fmegatron.sharding.relayout import plan_relayout
+from fmegatron.tree import Tree
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf's placements (of the whole leaf) and ways. gather and scatter are of one layer's slice."""
+
+    path: str
+    param: Param
+    compute: Placement
+    storage: Placement
+    optimizer: Placement
+    gather: Plan
+    scatter: Plan
+    finish: Plan
+    take: Plan
+    give: Plan
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds several layers."""
+        return self.param.layers is not None
+
+
+def plan_leaves(model: Model, sh: Sharding) -> dict[str, Leaf]:
+    """{path: Leaf} for a model under a sharding bound to its sizes.
+
+    A gradient as a block returns it lies as the parameter in use, and is partial on every mesh axis on which that is not
+    placed: the loss is the sum over all ranks. Raises ValueError naming the leaf where a rule does not divide.
+    """
+    return {path: _plan_leaf(path, param, sh) for path, param in tree.to_paths(model.declare).items()}
+
+
+def _plan_leaf(path: str, param: Param, sh: Sharding) -> Leaf:
+    sh = sh if param.layers is None else sh.bind({"layers": param.layers})
+    compute, storage, optimizer = (sh.placement(param.names, kind, path) for kind in ("compute", "storage", "optimizer"))
+    every = frozenset(axis.name for axis in sh.mesh.axes if axis.size > 1)
+    gradient = replace(compute, partial=every - compute.placed)
+    at_rest = replace(optimizer, partial=every - optimizer.placed)
+    accumulator = at_rest if sh.rules.reduce == "microbatch" else gradient
+    mesh = sh.mesh
+    return Leaf(
+        path=path,
+        param=param,
+        compute=compute,
+        storage=storage,
+        optimizer=optimizer,
+        gather=plan_relayout(mesh, _slice(storage), _slice(compute)),
+        scatter=plan_relayout(mesh, _slice(gradient), _slice(accumulator)),
+        finish=plan_relayout(mesh, accumulator, optimizer),
+        take=plan_relayout(mesh, storage, optimizer),
+        give=plan_relayout(mesh, optimizer, storage),
+    )
+
+
+def _slice(place: Placement) -> Placement:
+    """The placement of one layer of a stacked leaf."""
+    if place.names[:1] != ("layers",):
+        return place
+    assert not place.axes[0], "layers are never sharded by rules"
+    return Placement(place.names[1:], place.axes[1:], place.partial)
+
+
+def to_optimizer(leaves: dict[str, Leaf], params: Tree, sh: Sharding) -> Tree:
+    """Parameters as the optimizer holds them: pieces of what is stored (no communication)."""
+    return _along(leaves, params, sh, "take")
+
+
+def to_storage(leaves: dict[str, Leaf], params: Tree, sh: Sharding) -> Tree:
+    """Parameters from the optimizer's placement back to storage: the inverse of `to_optimizer`."""
+    return _along(leaves, params, sh, "give")
+
+
+BUCKET = 1 << 24  # most elements in one bucket
+
+
+def _along(leaves: dict[str, Leaf], params: Tree, sh: Sharding, way: str) -> Tree:
+    values, spec = tree.flatten(params)
+    plans = [getattr(leaf, way) for leaf in leaves.values()]
+    return tree.unflatten(spec, run_together(values, plans, sh.rank, BUCKET)) if any(plans) else params

@@ -1,0 +1,99 @@
+"""The state of a training run, one tree of local shards: made here, moved to other meshes by checkpoint.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmegatron import random, tree
+from fmegatron.models.model import Model
+from fmegatron.nn import param
+from fmegatron.optim import Transform
+from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.collectives import Once, Psum, apply
+from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
+from fmegatron.tree import Tree
+
+
+class TrainState(NamedTuple):
+    """step: applied updates. consumed: samples seen. skipped: steps whose gradients were not finite. All 0-D int64."""
+
+    step: Tensor
+    params: Tree
+    opt_state: Tree
+    key: Tensor
+    consumed: Tensor
+    skipped: Tensor
+
+
+def init(
+    model: Model, tx: Transform, sh: Sharding, key: int | Tensor = 0, params: Tree = None, dtype: torch.dtype = torch.float32
+) -> TrainState:
+    """The state before the first step: local shards, stacked where one process holds all ranks.
+
+    params: local shards to start from (of `models.from_hf`, say); None draws them from `key`, each rank its own shards only,
+    with bit-equal values on every mesh. dtype: of the parameters at rest.
+    """
+    sh = sh.bind(model.sizes)
+    leaves = plan_leaves(model, sh)
+    seed = random.key(key) if isinstance(key, int) else key
+
+    def on_rank(here: Sharding, like: Tensor, given: Tree) -> TrainState:
+        own = given if given is not None else init_params(model, here, leaves, seed.to(like.device), dtype)
+        zero = tree.leaves(own)[0].new_zeros((), dtype=torch.int64)
+        state = tx.init(to_optimizer(leaves, own, here))
+        return TrainState(zero, own, state, seed.to(like.device) + zero, zero.clone(), zero.clone())
+
+    like = torch.zeros(sh.mesh.size if sh.mesh.stacked else (), device=sh.mesh.device)
+    return spmd(sh, on_rank)(like, params)
+
+
+def init_params(model: Model, sh: Sharding, leaves: dict[str, Leaf], key: Tensor, dtype: torch.dtype) -> Tree:
+    """This rank's shards of the initial parameters, as they are stored."""
+
+    def leaf(path: str, declared: param.Param) -> Tensor:
+        here = sh if declared.layers is None else sh.bind({"layers": declared.layers})
+        index = [
+            here.slice_index(name, axes, key)
+            for name, axes in zip(leaves[path].storage.names, leaves[path].storage.axes, strict=True)
+        ]
+        return param.init_leaf(declared, path, key, model.sizes, index, dtype)
+
+    return tree.map_with_path(leaf, model.declare)
+
+
+@dataclass(frozen=True)
+class Over:
+    """What an optimizer sees across shards: `over` of `Transform.update`, for trees in the optimizer's placement."""
+
+    sh: Sharding
+    leaves: dict[str, Leaf]
+
+    def norm(self, grads: Tree) -> Tensor:
+        """The L2 norm of the whole tree; each element counts once, however many ranks hold it."""
+        values = tree.leaves(grads)
+        total: Any = 0.0
+        for x, leaf in zip(values, self.leaves.values(), strict=True):
+            square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+            for axis in self.sh.mesh.axes:
+                if axis.size > 1 and axis.name not in leaf.optimizer.placed:
+                    assert self.sh.rank is not None
+                    square = apply(square, self.sh.rank, Once(axis))
+            total = total + square
+        return self._sum(total).sqrt()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks of a value that each rank has its own of."""
+        return self._sum(x) / self.sh.mesh.size
+
+    def _sum(self, x: Tensor) -> Tensor:
+        for axis in self.sh.mesh.axes:
+            if axis.size > 1:
+                assert self.sh.rank is not None
+                x = apply(x, self.sh.rank, Psum(axis))
+        return x
+
+

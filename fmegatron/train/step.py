@@ -1,0 +1,217 @@
+"""The train step: state and batch in, state and metrics out.
+
+    denominators -> [walk the chain for each microbatch] -> gradients at the optimizer's placement -> update -> new state
+
+    step = make_step(model, tx, sh, microbatches=4, remat="full", compile=True)
+    state, metrics = step(state, batch)
+
+The same function runs on one device, on a mesh under torchrun, and on a virtual mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import random, tree
+from fmegatron.models.model import Model, Values
+from fmegatron.optim import Transform, fuse
+from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.collectives import Pmax, Psum, apply
+from fmegatron.train.chain import Step, visits, walk
+from fmegatron.train.gradients import Gradients
+from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
+from fmegatron.train.remat import Remat, parse_remat
+from fmegatron.train.state import Over, TrainState
+from fmegatron.train.weights import Weights
+from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
+from fmegatron.tree import Tree
+
+Batch = Mapping[str, Tensor]
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a step that does not change from step to step."""
+
+    model: Model
+    sh: Sharding
+    leaves: dict[str, Leaf]
+    remat: Remat
+    microbatches: int = 1
+    dtype: torch.dtype | None = None
+    prefetch: int = 1
+    compiled: Compiled | None = None
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def engine(self) -> Engine:
+        """What differentiates blocks here and now."""
+        if not inside_transform():
+            return self.compiled or AUTOGRAD
+        if self.compiled is not None:
+            raise ValueError("a compiled step cannot run under a torch.func transform: make it with compile=False")
+        return FUNC
+
+
+def plan_step(
+    model: Model,
+    sh: Sharding,
+    *,
+    microbatches: int = 1,
+    remat: str | Remat = "none",
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+    prefetch: int = 1,
+    term_weights: Mapping[str, float] | None = None,
+) -> Plan:
+    """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
+
+    dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead.
+    term_weights: {term: factor in the loss}, 1 where a term is not named.
+    """
+    if compile and sh.mesh.stacked:
+        raise ValueError("compile: a virtual mesh runs eager; use compile=False, or processes started by torchrun")
+    if compile and (missing := why_not_compile()) is not None:
+        raise ValueError(f"compile: {missing}; use compile=False to run eager")
+    sh = sh.bind(model.sizes)
+    policy = parse_remat(remat) if isinstance(remat, str) else remat
+    if policy.parts:
+        sh = sh.recomputing(policy.recompute)
+    weights = tuple((term_weights or {}).items())
+    compiled = Compiled() if compile else None
+    return Plan(model, sh, plan_leaves(model, sh), policy, microbatches, dtype, prefetch, compiled, weights)
+
+
+def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Tensor | None = None) -> tuple[Tree, Metrics]:
+    """On one rank: the loss's gradient over a local batch, at the optimizer's placement, and the metrics of the forward.
+
+    params: local shards at storage. batch: this rank's rows, cut into the plan's microbatches. Every term is divided by its
+    global count before the first microbatch, in the seed of the backward, and never again.
+    """
+    model = plan.model
+    values = model.inputs(sh, batch)
+    counts = {term: sum_over(sh, n) for term, n in model.counts_of(sh, values).items()}
+    factors = dict(plan.weights)
+    seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
+    stored = tree.to_paths(params)
+    engine = plan.engine
+    weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free=engine is not FUNC)
+    order = visits(model.chain, plan.remat, weights.frees)
+    weights.plan(order * plan.microbatches)
+    gradients = Gradients(sh, plan.leaves, stored)
+    losses: dict[str, Tensor] = {}
+    taps: dict[str, Tensor] = {}
+    for part in split(values, plan.microbatches):
+        step = Step(sh, engine, weights, gradients, seeds, key)
+        for name, x in walk(model.chain, step, part, plan.remat).items():
+            losses[name] = losses[name] + x if name in losses else x
+        for name, x in step.taps.items():
+            join = torch.maximum if name.startswith("tap.max.") else torch.add
+            taps[name] = join(taps[name], x) if name in taps else x
+    grads = gradients.finish(params)
+    terms = {name.removeprefix("loss."): x for name, x in losses.items()}
+    metrics = {term: x / counts[term].clamp(min=1) for term, x in terms.items()}
+    metrics["loss"] = sum((x * seeds[term] for term, x in terms.items()), start=torch.zeros_like(next(iter(terms.values()))))
+    sums = {**metrics, **{name: x for name, x in taps.items() if not name.startswith("tap.max.")}}
+    out = sum_together(sh, sums)
+    out |= {name: max_over(sh, x) for name, x in taps.items() if name.startswith("tap.max.")}
+    return grads, {**out, **{f"count.{term}": n for term, n in counts.items()}}
+
+
+def split(values: Values, parts: int) -> list[Values]:
+    """Microbatches: rows of a local batch in equal, neighbouring parts; raises ValueError where they are not equal."""
+    rows = values["tokens"].shape[0] if "tokens" in values else next(iter(values.values())).shape[0]
+    if rows % parts:
+        legal = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise ValueError(f"{rows} samples a rank do not divide into {parts} microbatches: use one of {legal}")
+    size = rows // parts
+    return [{name: x.narrow(0, i * size, size) for name, x in values.items()} for i in range(parts)]
+
+
+def make_step(
+    model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
+
+    settings: those of `plan_step`. donate: the step may reuse the old state's memory, which is then gone.
+    A step whose gradients are not finite changes nothing but `consumed` and `skipped`.
+    """
+    plan = plan_step(model, sh, **settings)
+    finish = fuse(tx)
+
+    def on_rank(here: Sharding, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = with_samples(here, state, batch) if model.dropout else batch
+        key = random.fold_in(state.key, state.consumed) if model.dropout else None
+        grads, metrics = value_and_grad(plan, here, state.params, batch, key)
+        over = Over(here, plan.leaves)
+        norm = over.norm(grads)
+        ok = torch.isfinite(norm)
+        old = to_optimizer(plan.leaves, state.params, here)
+        params, opt_state = finish(
+            grads, state.opt_state, old, over=over, ok=ok, norm=norm, donate=donate, compile=plan.compiled is not None
+        )
+        params = to_storage(plan.leaves, params, here)
+        rows = batch["tokens"].shape[0] if "tokens" in batch else next(iter(batch.values())).shape[0]
+        seen = rows * shards_of_batch(here)
+        new = TrainState(
+            step=state.step + ok.long(),
+            params=params,
+            opt_state=opt_state,
+            key=state.key,
+            consumed=state.consumed + seen,
+            skipped=state.skipped + (~ok).long(),
+        )
+        return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
+
+    run = spmd(plan.sh, on_rank)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with torch.no_grad():
+            return run(state, dict(batch))
+
+    return step
+
+
+def with_samples(sh: Sharding, state: TrainState, batch: Batch) -> Batch:
+    """A batch whose rows have sample ids, so that dropout does not depend on how rows lie."""
+    if "sample" in batch:
+        return batch
+    return {**batch, "sample": state.consumed + sh.index("batch", "batch seq", batch["tokens"])}
+
+
+def shards_of_batch(sh: Sharding) -> int:
+    """The number of different local batches."""
+    size = 1
+    for axis in sh.placement("batch").of("batch"):
+        size *= sh.mesh[axis].size
+    return size
+
+
+def sum_over(sh: Sharding, x: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    for axis in sh.mesh.axes:
+        if axis.size > 1:
+            assert sh.rank is not None
+            x = apply(x, sh.rank, Psum(axis))
+    return x
+
+
+def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all ranks of several 0-D values, in one collective an axis."""
+    summed = sum_over(sh, torch.stack([x.to(torch.float64) for x in values.values()]))
+    return {name: x.to(values[name].dtype) for name, x in zip(values, summed.unbind(0), strict=True)}
+
+
+def max_over(sh: Sharding, x: Tensor) -> Tensor:
+    """The maximum over all ranks."""
+    for axis in sh.mesh.axes:
+        if axis.size > 1:
+            assert sh.rank is not None
+            x = apply(x, sh.rank, Pmax(axis))
+    return x

@@ -1,0 +1,109 @@
+"""A block's parameters in use, for as long as it runs: gathered a block ahead, freed behind.
+
+`Weights` walks the visits that a step will make to nodes, in order. Each visit hands out the node's parameters as they lie
+in use; the gather of the next visit's is already under way. What was gathered (or cast) is freed when the node is left:
+its bytes go, its tensors stay, so that a backward graph that saved them works again once `restore` has filled them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models.model import Node
+from fmegatron.sharding import Sharding
+from fmegatron.sharding.bucket import start
+from fmegatron.train.leaves import Leaf
+from fmegatron.tree import Tree
+
+
+def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+    """{path inside the node's parameters: leaf}, for what a node reads."""
+    own: dict[str, Leaf] = {}
+    for name, path in node.params:
+        for full, leaf in leaves.items():
+            if full == path or full.startswith(path + "."):
+                inner = full[len(path) + 1 :]
+                own[".".join(part for part in (name, inner) if part)] = leaf
+    return own
+
+
+class Weights:
+    """Parameters of the planned visits' nodes, one visit after the other, gathered `ahead` visits early."""
+
+    def __init__(
+        self,
+        sh: Sharding,
+        leaves: dict[str, Leaf],
+        params: dict[str, Tensor],
+        dtype: torch.dtype | None,
+        ahead: int,
+        free: bool,
+    ) -> None:
+        self.sh, self.leaves, self.params, self.dtype, self.free = sh, leaves, params, dtype, free
+        self.visits: deque[Node] = deque()
+        self.ahead = ahead
+        self.pending: deque[tuple[Node, Callable[[], list[Tensor]]]] = deque()
+        self.whole: dict[str, Tensor] = {}  # leaves that need no gather, cast once for the whole step
+
+    def plan(self, visits: Sequence[Node]) -> None:
+        """Add visits to come."""
+        self.visits.extend(visits)
+
+    def _stored(self, leaf: Leaf, node: Node) -> Tensor:
+        x = self.params[leaf.path]
+        if not leaf.gather:
+            if leaf.path not in self.whole:
+                self.whole[leaf.path] = self._cast(x)
+            x = self.whole[leaf.path]
+        if leaf.stacked:
+            assert node.layer is not None
+            x = x[node.layer]
+        return self._cast(x)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if self.dtype is not None and x.is_floating_point() else x
+
+    def _start_more(self) -> None:
+        while self.visits and len(self.pending) <= self.ahead:
+            node = self.visits.popleft()
+            own = node_leaves(node, self.leaves).values()
+            shards = [self._stored(leaf, node) for leaf in own]
+            self.pending.append((node, start(shards, [leaf.gather for leaf in own], self.sh.rank)))
+
+    def take(self, node: Node) -> Tree:
+        """The parameters of the next visit, which must be to `node`."""
+        self._start_more()
+        planned, finish = self.pending.popleft()
+        assert planned is node, "the step left its planned order of visits"
+        values = finish()
+        self._start_more()
+        return tree.from_paths(dict(zip(node_leaves(node, self.leaves), values, strict=True)))
+
+    def leave(self, node: Node, own: Tree) -> None:
+        """Free the bytes of what was gathered for a node."""
+        for x in self._freeable(node, own):
+            x.untyped_storage().resize_(0)
+
+    def restore(self, node: Node, own: Tree) -> None:
+        """Gather a node's parameters again, into the tensors that were freed."""
+        fresh = self.take(node)
+        for x, y in zip(self._freeable(node, own), self._freeable(node, fresh), strict=True):
+            if x.untyped_storage().size() == 0:
+                x.untyped_storage().resize_(y.untyped_storage().size())
+                x.data.copy_(y)
+
+    def _freeable(self, node: Node, own: Tree) -> list[Tensor]:
+        if not self.free:
+            return []
+        values: dict[str, Any] = tree.to_paths(own)
+        return [values[name] for name, leaf in node_leaves(node, self.leaves).items() if leaf.gather]
+
+    def frees(self, node: Node) -> bool:
+        """Whether leaving a node gives memory up."""
+        return self.free and any(leaf.gather for leaf in node_leaves(node, self.leaves).values())
