@@ -2,6 +2,7 @@
 
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
+from fmegatron.models.hf import from_hf
 from fmegatron.models.model import Model, Node, run_chain
 from fmegatron.models.presets import gemma, gemma2, gpt2, llama2, llama3, mistral, preset, qwen2, qwen3
 
@@ -9,6 +10,7 @@ __all__ = [
     "Config",
     "Model",
     "Node",
+    "from_hf",
     "gemma",
     "gemma2",
     "gpt",

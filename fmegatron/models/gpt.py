@@ -41,7 +41,7 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
         if name in v:
             out[f"{name}.q"] = sh.align(v[name], "batch seq", within=heads)
             out[f"{name}.k"] = sh.relayout(v[name], "batch seq -> batch kv_seq")
-    if key is not None:
+    if key is not None and c.dropouts:
         out |= dropout.places(sh, v, place)
         out["h"] = dropout.apply(sh, c.embed_dropout, key, out["h"], out)
     return out
