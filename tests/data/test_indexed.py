@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import tempfile
@@ -90,6 +91,25 @@ def test_an_interrupted_writer_leaves_the_old_pair(tmp_path: Path) -> None:
         out.add_document([7])
         raise KeyboardInterrupt
     assert IndexedDataset(tmp_path / "x")[0].tolist() == [1, 2] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_between_the_two_names_leaves_no_pair_of_old_and_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New tokens under an old index of the same size would be read without an error."""
+    write(tmp_path, [[[1, 2], [3]]])
+
+    def killed(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "x", np.uint16) as out:
+        out.add_document([4, 5, 6])
+    with pytest.raises(ValueError, match="x.idx does not exist"):
+        IndexedDataset(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
