@@ -64,7 +64,8 @@ class Func:
             smooth = {name: y for name, y in both.items() if y.is_floating_point()}
             return smooth, {name: y for name, y in both.items() if name not in smooth}
 
-        out, pull, others = torch.func.vjp(on_moving, *(leaves[i] for i in moving), has_aux=True)
+        results: Any = torch.func.vjp(on_moving, *(leaves[i] for i in moving), has_aux=True)
+        out, pull, others = results
 
         def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
             full = {
@@ -181,7 +182,7 @@ class _Checkpoint(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return fn(*tensors)
 
     @staticmethod
@@ -190,7 +191,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         tensors = ctx.saved_tensors
         moving = [i for i, t in enumerate(tensors) if t.is_floating_point()]
 
@@ -200,6 +201,6 @@ class _Checkpoint(torch.autograd.Function):
                 now[i] = value
             return ctx.fn(*now)
 
-        _, pull = torch.func.vjp(on_moving, *(tensors[i] for i in moving))
-        grads = dict(zip(moving, pull(cotangent), strict=True))
+        results: Any = torch.func.vjp(on_moving, *(tensors[i] for i in moving))
+        grads = dict(zip(moving, results[1](cotangent), strict=True))
         return None, *(grads.get(i) for i in range(len(tensors)))

@@ -18,7 +18,9 @@ from fmegatron.sharding.collectives import AllGather, AlongDim, Op, Psum, Reduce
 Plan = tuple[Op, ...]
 
 
-def start(xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None) -> Callable[[], list[Tensor]]:
+def start(
+    xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None
+) -> Callable[[], list[Tensor]]:
     """Send each tensor through the ops of its plan; returns a function that waits for the results.
 
     limit: most elements in a bucket; None is no limit. Not differentiable: for parameters and finished gradients.
@@ -62,9 +64,7 @@ def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | Non
     return group
 
 
-def _issue(
-    xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None
-) -> Callable[[], list[Tensor]]:
+def _issue(xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None) -> Callable[[], list[Tensor]]:
     """Issue the group's common op; the returned function waits for the tensors."""
     assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
     ops, mine = [left[i][0] for i in group], [xs[i] for i in group]

@@ -209,7 +209,7 @@ class _Collective(torch.autograd.Function):
     """The only form that works eager, under torch.func and under AOTAutograd."""
 
     @staticmethod
-    def forward(x: Tensor, rank: Tensor, op: Op) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, rank: Tensor, op: Op) -> Tensor:
         return op.run(x, rank, op.axis.transport)
 
     @staticmethod
@@ -220,15 +220,15 @@ class _Collective(torch.autograd.Function):
         ctx.op = op
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         return apply(cotangent, ctx.saved_tensors[0], ctx.op.transpose), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
         return apply(tangent, ctx.saved_tensors[0], ctx.op)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, rank: Tensor, op: Op) -> Any:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, rank: Tensor, op: Op) -> Any:
         x_dim, rank_dim, _ = in_dims
         if rank_dim is None:  # a user's vmap: the same collective on tensors with one more dim
             return apply(x.movedim(x_dim, 0), rank, op.under(1)), 0

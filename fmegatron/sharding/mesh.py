@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from fmegatron.sharding.transports import Abstract, Group, Hub, Stacked, Threads, Transport
 
@@ -87,7 +89,7 @@ def make_mesh(device: str | None = None, **sizes: int) -> Mesh:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    grid = dist.init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    grid = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     groups = {name: Group(grid.get_group(name).group_name) for name in sizes}
     return Mesh("device", _axes(sizes, groups), rank=dist.get_rank(), device=device)
 
@@ -113,7 +115,7 @@ def with_transports(mesh: Mesh, wrap: dict[str, Transport]) -> Mesh:
     return replace(mesh, axes=tuple(replace(axis, transport=wrap[axis.name]) for axis in mesh.axes))
 
 
-def _axes(sizes: dict[str, int], transports: dict[str, Transport]) -> tuple[Axis, ...]:
+def _axes(sizes: dict[str, int], transports: Mapping[str, Transport]) -> tuple[Axis, ...]:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"mesh axis {name!r} has size {size}: sizes are at least 1")

@@ -61,9 +61,7 @@ def plan_reduce(layout: Layout, pattern: str) -> Reduction:
     equal = Placement(kept, tuple(source.of(n) for n in kept))
     partial = Placement(kept, equal.axes, frozenset(over))
     mesh = layout.mesh
-    return Reduction(
-        dims, tuple(mesh[a] for a in over), plan_relayout(mesh, partial, home), plan_relayout(mesh, equal, home)
-    )
+    return Reduction(dims, tuple(mesh[a] for a in over), plan_relayout(mesh, partial, home), plan_relayout(mesh, equal, home))
 
 
 def reduce(plan: Reduction, rank: Tensor | None, x: Tensor, op: str) -> Tensor:

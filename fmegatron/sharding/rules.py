@@ -18,6 +18,7 @@ from typing import Literal
 
 Rule = tuple[str, tuple[str, ...]]
 RuleLike = tuple[str, str | tuple[str, ...]]
+Lines = Iterable[RuleLike]
 
 
 def normalize(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
@@ -43,31 +44,31 @@ class Rules:
         sharded accumulator; a leaf that is stored whole is reduced once per step in both cases).
     """
 
-    compute: tuple[Rule, ...] = ()
-    storage: tuple[Rule, ...] = ()
-    optimizer: tuple[Rule, ...] = ()
-    decode: tuple[Rule, ...] | None = None
+    compute: Lines = ()
+    storage: Lines = ()
+    optimizer: Lines = ()
+    decode: Lines | None = None
     reduce: Literal["step", "microbatch"] = "microbatch"
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
         for key in ("compute", "storage", "optimizer"):
             object.__setattr__(self, key, normalize(getattr(self, key)))
-        decode = self.decode
-        if decode is None:
-            decode = tuple(rule for rule in self.compute if rule[0] not in SEQ_NAMES)
-            decode = tuple((n, tuple(f"{a.rstrip('?')}?" for a in axes)) if n == "batch" else (n, axes) for n, axes in decode)
-        object.__setattr__(self, "decode", normalize(decode))
+        object.__setattr__(self, "decode", normalize(self._decode() if self.decode is None else self.decode))
         if self.reduce not in ("step", "microbatch"):
             raise ValueError(f"reduce is 'step' or 'microbatch', not {self.reduce!r}")
+
+    def _decode(self) -> list[RuleLike]:
+        """Compute without rules on seq, its batch optional."""
+        kept = [(name, axes) for name, axes in normalize(self.compute) if name not in SEQ_NAMES]
+        return [(n, tuple(f"{axis.rstrip('?')}?" for axis in axes) if n == "batch" else axes) for n, axes in kept]
 
     def lines(self, kind: Kind) -> tuple[Rule, ...]:
         """The whole ordered list for one kind of tensor."""
         if kind == "decode":
-            assert self.decode is not None
-            return self.decode
-        lists = {"compute": (), "storage": self.storage, "optimizer": self.storage + self.optimizer}
-        return self.compute + lists[kind]
+            return normalize(self.decode or ())
+        more = {"compute": (), "storage": (self.storage,), "optimizer": (self.storage, self.optimizer)}[kind]
+        return sum((normalize(lines) for lines in more), normalize(self.compute))
 
     @property
     def axes(self) -> frozenset[str]:

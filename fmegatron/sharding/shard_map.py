@@ -63,7 +63,9 @@ def _pad(sh: Sharding, x: Tensor, names: Sequence[str], leaf: str | None) -> Ten
         if name in sh.sizes and sh.size(name) != x.shape[dim]:
             if x.shape[dim] != sh.true_size(name):
                 where = f"{leaf}: " if leaf else ""
-                raise ValueError(f"{where}dim {name!r} has size {x.shape[dim]}, but the table of sizes says {sh.true_size(name)}")
+                raise ValueError(
+                    f"{where}dim {name!r} has size {x.shape[dim]}, but the table of sizes says {sh.true_size(name)}"
+                )
             pads = x.new_zeros((*x.shape[:dim], sh.size(name) - x.shape[dim], *x.shape[dim + 1 :]))
             x = torch.cat([x, pads], dim)
     return x
@@ -219,7 +221,7 @@ class _Complete(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -228,7 +230,7 @@ class _Complete(torch.autograd.Function):
         ctx.axis = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         return apply(cotangent, ctx.saved_tensors[0], Psum(ctx.axis)), None, None
 
 
@@ -238,7 +240,7 @@ class _Counted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -247,5 +249,5 @@ class _Counted(torch.autograd.Function):
         ctx.axis = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         return apply(cotangent, ctx.saved_tensors[0], Once(ctx.axis)), None, None

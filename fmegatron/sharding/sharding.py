@@ -45,6 +45,9 @@ class Layout:
         return place(names, self.rules.lines(kind or self.activations), self.mesh.sizes, self.sizes, leaf)
 
 
+NO_LAYOUT = Layout(Mesh("single"), RULES["single"], {})  # stands for "to be made"
+
+
 @dataclass(frozen=True, eq=False)
 class Sharding:
     """How a program lies on a mesh. `sh = Sharding(mesh, RULES["fsdp_tp_sp"])`; see the module's text.
@@ -59,7 +62,7 @@ class Sharding:
     activations: Kind = "compute"
     recompute: Callable[[str], Callable[..., Any] | None] | None = None
     taps: dict[str, tuple[str, Tensor]] | None = None
-    layout: Layout = field(default=None, repr=False)  # type: ignore[assignment]
+    layout: Layout = field(default_factory=lambda: NO_LAYOUT, repr=False)  # made from the fields above
 
     def __post_init__(self) -> None:
         idle = [a.name for a in self.mesh.axes if a.size > 1 and a.name not in self.rules.axes and a.name != "pp"]
@@ -69,7 +72,7 @@ class Sharding:
                 f"mesh axis {idle[0]!r} of {self.mesh.sizes[idle[0]]} ranks is named by no rule of {self.rules.name!r}, so its "
                 f"ranks would repeat each other's work: drop it, or use rules that name it ({', '.join(known) or 'your own'})"
             )
-        if self.layout is None:
+        if self.layout is NO_LAYOUT:
             object.__setattr__(self, "layout", Layout(self.mesh, self.rules, self.sizes, self.activations))
 
     # -- values of it -----------------------------------------------------------------------------------------------
@@ -77,7 +80,7 @@ class Sharding:
         """With a table of named sizes; optional rules, padding and wildcards need it."""
         if all(self.sizes.get(name) == size for name, size in sizes.items()):
             return self
-        return replace(self, sizes={**self.sizes, **sizes}, layout=None)
+        return replace(self, sizes={**self.sizes, **sizes}, layout=NO_LAYOUT)
 
     def at(self, rank: Tensor) -> Sharding:
         """As rank `rank` sees it."""
@@ -85,7 +88,7 @@ class Sharding:
 
     def decoding(self) -> Sharding:
         """With the decode list for activations: no rule on seq, optional batch."""
-        return replace(self, activations="decode", layout=None)
+        return replace(self, activations="decode", layout=NO_LAYOUT)
 
     def recomputing(self, recompute: Callable[[str], Callable[..., Any] | None]) -> Sharding:
         """With a policy: `recompute(name)` gives the wrapper that drops a named part's residuals, or None to keep them."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,9 +88,7 @@ def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Valu
     return losses
 
 
-def forward(
-    node: Node, step: Step, values: Values, moving: frozenset[str], tap: bool
-) -> tuple[Values, frozenset[str], Ran]:
+def forward(node: Node, step: Step, values: Values, moving: frozenset[str], tap: bool) -> tuple[Values, frozenset[str], Ran]:
     """Run one node. moving: names of values that depend on parameters."""
     own = step.weights.take(node)
     reads = {name: values[name] for name in node.reads if name in values}
@@ -153,6 +150,6 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
             cotangents.setdefault(name, []).append(x)
         total = {name: x + total[name] if name in total else x for name, x in out.items()}
     for name, pieces in cotangents.items():
-        x: Any = torch.cat(pieces, 1)
-        step.cotangents[name] = step.cotangents[name] + x if name in step.cotangents else x
+        whole = torch.cat(pieces, 1)
+        step.cotangents[name] = step.cotangents[name] + whole if name in step.cotangents else whole
     return total

@@ -1,9 +1,9 @@
 """Where each leaf of the parameters lies, in use, at rest and in the optimizer, and the ways between: all of it data.
 
-                    gather                                 scatter                finish
-    storage ----------------------> compute ; gradients ------------> accumulator -------> optimizer
-        ^    (a layer at a time)                     (a microbatch)             (a step)       |
-        '-------------------------------------- give ------------------------------------------'
+                gather                                 scatter                finish
+storage ----------------------> compute ; gradients ------------> accumulator -------> optimizer
+    ^    (a layer at a time)                     (a microbatch)             (a step)       |
+    '-------------------------------------- give ------------------------------------------'
 """
 
 from __future__ import annotations

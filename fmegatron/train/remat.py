@@ -1,9 +1,9 @@
 """Remat policies: which activations are computed again in the backward pass instead of kept.
 
-    none        every node's graph is kept
-    full        a layer keeps only what it read, and runs again
-    every-K     K layers in a row do so together
-    selective   within a layer, the named parts: core_attention, mlp_activation, norm
+none        every node's graph is kept
+full        a layer keeps only what it read, and runs again
+every-K     K layers in a row do so together
+selective   within a layer, the named parts: core_attention, mlp_activation, norm
 """
 
 from __future__ import annotations

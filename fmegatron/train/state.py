@@ -95,5 +95,3 @@ class Over:
                 assert self.sh.rank is not None
                 x = apply(x, self.sh.rank, Psum(axis))
         return x
-
-
