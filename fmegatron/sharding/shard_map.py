@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
-from fmegatron.sharding.collectives import Once, Psum, apply
+from fmegatron.sharding.collectives import Once, Op, Psum, apply
 from fmegatron.sharding.mesh import Mesh
-from fmegatron.sharding.placement import Placement, parse_names
+from fmegatron.sharding.placement import Placement
 from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.sharding.rules import Kind
 from fmegatron.sharding.sharding import Sharding
 from fmegatron.sharding.transports import Threads
+from fmegatron.tree import Tree
 
 
 def shard(sh: Sharding, x: Tensor, names: str, kind: Kind | None = None, leaf: str | None = None) -> Tensor:
@@ -115,7 +116,7 @@ def rank_of(mesh: Mesh) -> Tensor | None:
     """This process's rank as a 0-D tensor; None on a single device."""
     if mesh.rank is None:
         return None
-    return torch.tensor(mesh.rank, device="cpu" if mesh.device == "meta" else mesh.device)
+    return torch.tensor(mesh.rank, device=mesh.device)
 
 
 def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +138,8 @@ def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_threads(sh: Sharding, fn: Callable[..., Any], trees: Sequence[Any]) -> Any:
-    hub = next(a.transport.hub for a in sh.mesh.axes if isinstance(a.transport, Threads))
+    transports = (getattr(axis.transport, "inner", axis.transport) for axis in sh.mesh.axes)
+    hub = next(transport.hub for transport in transports if isinstance(transport, Threads))
     outputs: list[Any] = [None] * sh.mesh.size
     errors: list[BaseException] = []
     grad_mode = torch.is_grad_enabled()
@@ -162,92 +164,68 @@ def _run_threads(sh: Sharding, fn: Callable[..., Any], trees: Sequence[Any]) -> 
 
 
 def shard_map(
-    fn: Callable[..., Any], sh: Sharding, in_names: Sequence[str], out_names: str | Sequence[str]
+    fn: Callable[..., Any], sh: Sharding, in_names: Sequence[Tree], out_names: Tree, kinds: Sequence[Kind] | None = None
 ) -> Callable[..., Any]:
-    """A function of global tensors from `fn(sh, *local tensors)`, with dims named by `in_names` and `out_names`.
+    """A function of global tensors from `fn(sh, *local trees)`, with dims named by `in_names` and `out_names`.
 
-    out_names: one string for one output, a list for a tuple of outputs; "" names a 0-D output whose true value is the sum
-    of what the ranks return (a loss term). Differentiable inside and outside, with equal results.
+    in_names: for each argument a string, or a tree of strings of its structure. out_names: likewise for the result; "" names
+    a 0-D output whose true value is the sum of what the ranks return (a loss term). kinds: the list of rules for each
+    argument, "compute" if not given ("storage" for parameters at rest). Differentiable inside and outside, with equal results.
     """
-    outs = [out_names] if isinstance(out_names, str) else list(out_names)
+    of = list(kinds) if kinds is not None else ["compute"] * len(in_names)
 
-    def mapped(*xs: Tensor) -> Any:
-        if len(xs) != len(in_names):
-            raise ValueError(f"shard_map got {len(xs)} tensors for {len(in_names)} in_names")
-        local = [_enter(sh, x, names) for x, names in zip(xs, in_names, strict=True)]
-        results = spmd(sh, fn)(*local)
-        results = (results,) if isinstance(out_names, str) else results
-        globals_ = tuple(_leave(sh, y, names) for y, names in zip(results, outs, strict=True))
-        return globals_[0] if isinstance(out_names, str) else globals_
+    def mapped(*args: Tree) -> Tree:
+        if len(args) != len(in_names):
+            raise ValueError(f"shard_map got {len(args)} arguments for {len(in_names)} in_names")
+        local = [
+            tree.map(lambda names, x, kind=kind: _enter(sh, x, names, kind), names, arg)
+            for arg, names, kind in zip(args, in_names, of, strict=True)
+        ]
+        return tree.map(lambda names, y: _leave(sh, y, names), out_names, spmd(sh, fn)(*local))
 
     return mapped
 
 
-def _enter(sh: Sharding, x: Tensor, names: str) -> Tensor:
+def _enter(sh: Sharding, x: Tensor, names: str, kind: Kind) -> Tensor:
     """Global -> local; on a device mesh the backward completes the cotangent, so that every process holds all of it."""
     rank = rank_of(sh.mesh)
-    if rank is not None:
-        for axis in sh.mesh.axes:
-            x = _Complete.apply(x, rank, axis)
-        place = sh.placement(names)
-        whole = Placement(place.names, ((),) * len(place.names))
-        return run(_pad(sh, x, place.names, None), rank, plan_relayout(sh.mesh, whole, place))
-    return shard(sh, x, names)
+    if rank is None:
+        return shard(sh, x, names, kind)
+    for axis in sh.mesh.axes:
+        x = _Boundary.apply(x, rank, Psum(axis))
+    place = sh.placement(names, kind)
+    whole = Placement(place.names, ((),) * len(place.names))
+    return run(_pad(sh, x, place.names, None), rank, plan_relayout(sh.mesh, whole, place))
 
 
 def _leave(sh: Sharding, y: Tensor, names: str) -> Tensor:
     """Local -> global; on a device mesh every process holds the same cotangent, and it is counted once."""
-    if names == "":
-        place = Placement((), (), frozenset(axis.name for axis in sh.mesh.axes))
-        if sh.mesh.stacked:
-            return unstack_shards(sh.mesh, y, place)
-        rank = rank_of(sh.mesh)
-        return y if rank is None else _count_once(sh, run(y, rank, [Psum(axis) for axis in sh.mesh.axes]), rank)
-    parse_names(names)
-    whole = unshard(sh, y, names)
     rank = rank_of(sh.mesh)
-    return whole if rank is None else _count_once(sh, whole, rank)
-
-
-def _count_once(sh: Sharding, y: Tensor, rank: Tensor) -> Tensor:
-    for axis in sh.mesh.axes:
-        y = _Counted.apply(y, rank, axis)
+    if names:
+        y = unshard(sh, y, names)
+    elif sh.mesh.stacked:
+        y = y.sum(0)
+    else:
+        y = run(y, rank, [Psum(axis) for axis in sh.mesh.axes])
+    for axis in sh.mesh.axes if rank is not None else ():
+        y = _Boundary.apply(y, rank, Once(axis))
     return y
 
 
-class _Complete(torch.autograd.Function):
-    """Identity whose backward is psum: from the world where all processes hold one value, into the mesh."""
+class _Boundary(torch.autograd.Function):
+    """Identity whose backward is an op: between the mesh and the world in which all processes hold one value."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:
+    def forward(x: Tensor, rank: Tensor, op: Op) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.axis = inputs[2]
+        ctx.op = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return apply(cotangent, ctx.saved_tensors[0], Psum(ctx.axis)), None, None
-
-
-class _Counted(torch.autograd.Function):
-    """Identity whose backward is once: from the mesh, into the world where all processes hold one value."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, rank: Tensor, axis: Any) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.axis = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return apply(cotangent, ctx.saved_tensors[0], Once(ctx.axis)), None, None
+        return apply(cotangent, ctx.saved_tensors[0], ctx.op), None, None
