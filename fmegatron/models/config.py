@@ -93,7 +93,6 @@ class Config:
         """The table of named sizes."""
         heads, vocab = self.heads, Size(self.vocab, self.vocab_pad) if self.vocab_pad > 1 else self.vocab
         return {
-            "layers": self.layers,
             "embed": self.embed,
             "heads": heads,
             "kv": heads if self.kv is None else self.kv,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fmegatron.sharding import Size
+
 if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
 
@@ -44,7 +46,7 @@ def logits(sh: Sharding, loss: Loss, h: Tensor, table: Tensor) -> Tensor:
         x = x * loss.multiplier
     if loss.softcap is not None:
         x = loss.softcap * (x / loss.softcap).tanh()
-    if sh.size("vocab") != sh.true_size("vocab"):
+    if isinstance(sh.sizes["vocab"], Size):  # it may have pads
         x = torch.where(sh.index("vocab", LOGITS, x) < sh.true_size("vocab"), x, torch.full_like(x, float("-inf")))
     return x
 

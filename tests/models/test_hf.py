@@ -36,9 +36,7 @@ LLAMA3 = {
 }
 CASES = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "llama-biases": lambda: transformers.LlamaConfig(
-        **SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    ),
+    "llama-biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-3.1": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "llama-linear": lambda: transformers.LlamaConfig(
         **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
