@@ -19,7 +19,6 @@ On a virtual mesh every tensor has the ranks on its leading dim (behind the dim 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -218,58 +217,3 @@ class Threads(OneRank):
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
         return self._exchange(x, axis, rank)[source[int(axis.coordinate(rank))]].clone()
-
-
-Send = Callable[[str, str, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Another transport, reporting each collective that communicates: `send(collective, axis name, payload)`.
-
-    The payload is what one rank hands in, except for an all_gather, where it is what one rank receives.
-    """
-
-    inner: Transport
-    send: Send = field(compare=False)
-    stacked: bool = False
-
-    @property
-    def background(self) -> bool:
-        return self.inner.background
-
-    def _report(self, name: str, axis: Axis, x: Tensor, dim: int) -> None:
-        self.send(name, axis.name, x.select(dim, 0) if self.stacked else x)
-
-    def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor:
-        self._report("all_reduce", axis, x, 0)
-        return self.inner.all_reduce(x, axis, rank, op)
-
-    def all_gather(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        blocks = self.inner.all_gather(x, axis, rank)
-        self._report("all_gather", axis, blocks, 1)
-        return blocks
-
-    def reduce_scatter(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        self._report("reduce_scatter", axis, blocks, 1)
-        return self.inner.reduce_scatter(blocks, axis, rank)
-
-    def all_to_all(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        self._report("all_to_all", axis, blocks, 1)
-        return self.inner.all_to_all(blocks, axis, rank)
-
-    def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
-        self._report("permute", axis, x, 0)
-        return self.inner.permute(x, axis, rank, source)
-
-    def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.pick(blocks, axis, rank)
-
-    def spread(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.spread(x, axis, rank)
-
-    def keep_first(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.keep_first(x, axis, rank)
-
-    def wait(self, x: Tensor) -> Tensor:
-        return self.inner.wait(x)
