@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fmegatron import random
+from fmegatron import random, tree
 from fmegatron.models.model import Node, Values
 from fmegatron.sharding import Sharding
 from fmegatron.train.gradients import Gradients
@@ -140,15 +140,23 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
     parts = max(n for n in range(1, node.chunks + 1) if length % n == 0)
     total: Values = {}
     cotangents: dict[str, list[Tensor]] = {}
+    own_grads: Tree = None  # summed here where they travel, so that they travel once
     for i in range(parts):
         part = {name: x.narrow(1, i * (length // parts), length // parts).contiguous() for name, x in reads.items()}
         out, _, pullback = differentiate(node, step, own, part, moving, tap=False)
         grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})
         del pullback
-        step.gradients.add(node, grads["own"])
+        if own_grads is not None:
+            own_grads = tree.map(torch.add, own_grads, grads["own"])
+        elif i + 1 < parts and step.gradients.moves(node):
+            own_grads = grads["own"]
+        else:
+            step.gradients.add(node, grads["own"])
         for name, x in grads["reads"].items():
             cotangents.setdefault(name, []).append(x)
         total = {name: x + total[name] if name in total else x for name, x in out.items()}
+    if own_grads is not None:
+        step.gradients.add(node, own_grads)
     for name, pieces in cotangents.items():
         whole = torch.cat(pieces, 1)
         step.cotangents[name] = step.cotangents[name] + whole if name in step.cotangents else whole

@@ -48,6 +48,10 @@ class Gradients:
         else:
             store()
 
+    def moves(self, node: Node) -> bool:
+        """Whether `add` communicates for a node."""
+        return any(leaf.scatter for leaf in node_leaves(node, self.leaves).values())
+
     def flush(self) -> None:
         """Wait for the reduction under way."""
         if self.pending is not None:

@@ -46,7 +46,7 @@ class Plan:
     microbatches: int = 1
     dtype: torch.dtype | None = None
     prefetch: int = 1
-    compiled: Compiled | None = None
+    compiled: Engine | None = None
     weights: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -96,7 +96,7 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Te
     """
     model = plan.model
     values = model.inputs(sh, batch)
-    counts = {term: sum_over(sh, n) for term, n in model.counts_of(sh, values).items()}
+    counts = sum_together(sh, model.counts_of(sh, values))
     factors = dict(plan.weights)
     seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
@@ -146,28 +146,7 @@ def make_step(
     finish = fuse(tx)
 
     def on_rank(here: Sharding, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = with_samples(here, state, batch) if model.dropout else batch
-        key = random.fold_in(state.key, state.consumed) if model.dropout else None
-        grads, metrics = value_and_grad(plan, here, state.params, batch, key)
-        over = Over(here, plan.leaves)
-        norm = over.norm(grads)
-        ok = torch.isfinite(norm)
-        old = to_optimizer(plan.leaves, state.params, here)
-        params, opt_state = finish(
-            grads, state.opt_state, old, over=over, ok=ok, norm=norm, donate=donate, compile=plan.compiled is not None
-        )
-        params = to_storage(plan.leaves, params, here)
-        rows = batch["tokens"].shape[0] if "tokens" in batch else next(iter(batch.values())).shape[0]
-        seen = rows * shards_of_batch(here)
-        new = TrainState(
-            step=state.step + ok.long(),
-            params=params,
-            opt_state=opt_state,
-            key=state.key,
-            consumed=state.consumed + seen,
-            skipped=state.skipped + (~ok).long(),
-        )
-        return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
+        return step_on_rank(plan, finish, here, state, batch, donate)
 
     run = spmd(plan.sh, on_rank)
 
@@ -176,6 +155,33 @@ def make_step(
             return run(state, dict(batch))
 
     return step
+
+
+def step_on_rank(
+    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batch, donate: bool = False
+) -> tuple[TrainState, Metrics]:
+    """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`."""
+    model = plan.model
+    batch = with_samples(sh, state, batch) if model.dropout else batch
+    key = random.fold_in(state.key, state.consumed) if model.dropout else None
+    grads, metrics = value_and_grad(plan, sh, state.params, batch, key)
+    over = Over(sh, plan.leaves)
+    norm = over.norm(grads)
+    ok = torch.isfinite(norm)
+    old = to_optimizer(plan.leaves, state.params, sh)
+    compiled = isinstance(plan.compiled, Compiled)
+    params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, norm=norm, donate=donate, compile=compiled)
+    params = to_storage(plan.leaves, params, sh)
+    rows = batch["tokens"].shape[0] if "tokens" in batch else next(iter(batch.values())).shape[0]
+    new = TrainState(
+        step=state.step + ok.long(),
+        params=params,
+        opt_state=opt_state,
+        key=state.key,
+        consumed=state.consumed + rows * shards_of_batch(sh),
+        skipped=state.skipped + (~ok).long(),
+    )
+    return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
 
 
 def with_samples(sh: Sharding, state: TrainState, batch: Batch) -> Batch:
