@@ -153,9 +153,7 @@ def gpt(c: Config) -> Model:
     ]
     ends = ("out", "out.labels", "out.weights")
     chain = (
-        Node(
-            partial(embed, c), (("", "embed"),), ("tokens", "positions", "order", "documents", "sample"), ("h", *live)
-        ),
+        Node(partial(embed, c), (("", "embed"),), ("tokens", "positions", "order", "documents", "sample"), ("h", *live)),
         *blocks,
         Node(
             partial(final, c),

@@ -228,9 +228,7 @@ EXTRA = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers th
 
 
 # -- weights --------------------------------------------------------------------------------------------------------
-def from_hf(
-    folder: str | Path, sharding: Sharding | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Model, Tree]:
+def from_hf(folder: str | Path, sharding: Sharding | None = None, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree]:
     """The model of a folder, and its parameters in `dtype`: whole, or as `sharding` stores them.
 
     Reads one tensor at a time. Raises a one-line ValueError for a folder without config or weights, an architecture or
@@ -259,11 +257,7 @@ class Files:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         index = folder / "model.safetensors.index.json"
-        files = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: no {missing[0]} here; weights are read from safetensors files only")
@@ -279,9 +273,7 @@ class Files:
         return self.where[name].get_tensor(name)
 
 
-def convert(
-    model: Model, entries: tuple[Entry, ...], tensors: Files, sharding: Sharding | None, dtype: torch.dtype
-) -> Tree:
+def convert(model: Model, entries: tuple[Entry, ...], tensors: Files, sharding: Sharding | None, dtype: torch.dtype) -> Tree:
     """Parameters of `model` from their tensors by its family's entries, leaf by leaf."""
     place = sharding.bind(model.sizes) if sharding is not None else None
     leaf_of = {ours: (entry, i) for entry in entries for i, ours in enumerate(entry.ours.split())}

@@ -179,9 +179,7 @@ def next_token(sh: Sharding, batch: Mapping[str, Tensor]) -> Values:
     if "labels" not in values:
         axes = sh.placement("batch seq").of("seq")
         if axes:
-            raise ValueError(
-                f"the batch has no labels, and seq lies over mesh axes {', '.join(axes)}: add labels [batch, seq]"
-            )
+            raise ValueError(f"the batch has no labels, and seq lies over mesh axes {', '.join(axes)}: add labels [batch, seq]")
         values["labels"] = tokens.roll(-1, 1)
         last = torch.arange(tokens.shape[1], device=tokens.device) == tokens.shape[1] - 1
         weights = values.get("weights", torch.ones_like(tokens, dtype=torch.float32))

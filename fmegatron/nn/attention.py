@@ -69,15 +69,12 @@ def declare(attn: Attention, inner: Init, outer: Init) -> dict[str, Any]:
 
 CORE = "batch seq heads hd, batch kv_seq heads hd, batch kv_seq heads hd -> batch seq heads hd"
 QKV = (
-    "batch seq embed, (embed heads hd | embed kv hd | embed kv hd) -> "
-    "(batch seq heads hd | batch seq kv hd | batch seq kv hd)"
+    "batch seq embed, (embed heads hd | embed kv hd | embed kv hd) -> (batch seq heads hd | batch seq kv hd | batch seq kv hd)"
 )
 GROUPS = "batch kv_seq kv hd -> batch kv_seq heads hd"
 
 
-def apply(
-    sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None
-) -> Tensor:
+def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None) -> Tensor:
     """[batch, seq, embed] -> [batch, seq, embed]; `v` holds rotations, and order and documents where they are given."""
     queries, keys, values = sh.einsum(QKV, x, p["q"], p["k"], p["v"])
     if attn.bias:
@@ -89,9 +86,7 @@ def apply(
         cos, sin = v[f"{attn.table}.cos"], v[f"{attn.table}.sin"]
         queries, keys = rope.rotate(attn.rope, queries, cos, sin), rope.rotate(attn.rope, keys, cos, sin)
     keys, values = (
-        sh.groups(
-            sh.relayout(y, "batch seq kv hd -> batch kv_seq kv hd"), "batch kv_seq kv hd -> batch kv_seq heads hd"
-        )
+        sh.groups(sh.relayout(y, "batch seq kv hd -> batch kv_seq kv hd"), "batch kv_seq kv hd -> batch kv_seq heads hd")
         for y in (keys, values)
     )
     more = {"mask": visible(sh, attn, queries, keys, v), "sink": p.get("sink")}
@@ -157,9 +152,7 @@ def attend(
         return y.transpose(1, 2)
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = (q / attn.undo @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * (
-        attn.scale * attn.undo
-    )
+    scores = (q / attn.undo @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * (attn.scale * attn.undo)
     if attn.softcap is not None:
         scores = attn.softcap * (scores / attn.softcap).tanh()
     if mask is None and attn.causal:

@@ -51,18 +51,15 @@ def logits(sh: Sharding, loss: Loss, h: Tensor, table: Tensor) -> Tensor:
     return x
 
 
-def cross_entropy(
-    sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
+def cross_entropy(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Local sums of the terms over the tokens of h [batch, loss_seq, embed]; labels and weights [batch, loss_seq]."""
     x = logits(sh, loss, h, table)
     lse = sh.reduce(f"{LOGITS} -> batch loss_seq", x, "logsumexp")
     ce = lse - (1 - loss.smoothing) * pick(sh, x, labels)
     if loss.smoothing:
-        true = sh.true_size("vocab")
-        real = (
-            torch.where(sh.index("vocab", LOGITS, x) < true, x, torch.zeros_like(x)) if sh.size("vocab") != true else x
-        )
+        true, real = sh.true_size("vocab"), x
+        if isinstance(sh.sizes["vocab"], Size):
+            real = torch.where(sh.index("vocab", LOGITS, x) < true, x, torch.zeros_like(x))
         ce = ce - loss.smoothing / true * sh.reduce(f"{LOGITS} -> batch loss_seq", real, "sum")
     terms = {"ce": sh.total(ce * weights, "batch loss_seq")}
     return terms | ({"z": sh.total(loss.z * lse.square() * weights, "batch loss_seq")} if loss.z else {})

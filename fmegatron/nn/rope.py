@@ -36,24 +36,25 @@ class Rope:
 
 
 def frequencies(rope: Rope, hd: int, like: Tensor) -> Tensor:
-    """Radians per position, fp32 [rotated features / 2], on the device of `like`."""
+    """Radians per position, fp32 [rotated features / 2], on the device of `like`; computed in fp64, as in `tables`."""
     dims = int(hd * rope.fraction)
-    f = 1.0 / rope.base ** (torch.arange(0, dims, 2, device=like.device).float() / dims)
+    f = 1.0 / rope.base ** (torch.arange(0, dims, 2, device=like.device).double() / dims)
     s = rope.scaling
     if s is not None:
         wavelength = 2 * math.pi / f
         smooth = (s.context / wavelength - s.low) / (s.high - s.low)
         blend = (1 - smooth) * f / s.factor + smooth * f
-        f = torch.where(
-            wavelength > s.context / s.low, f / s.factor, torch.where(wavelength < s.context / s.high, f, blend)
-        )
-    return f / rope.interpolation
+        f = torch.where(wavelength > s.context / s.low, f / s.factor, torch.where(wavelength < s.context / s.high, f, blend))
+    return (f / rope.interpolation).float()
 
 
 def tables(rope: Rope, hd: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [batch, seq, 1, pairs], for positions [batch, seq]."""
-    angles = positions.float()[..., None, None] * frequencies(rope, hd, positions)
-    return angles.cos(), angles.sin()
+    """cos and sin, fp32 [batch, seq, 1, pairs], for positions [batch, seq].
+
+    Taken in fp64 and rounded: eager, compiled and other devices' fp32 cosines differ in the last bit, these do not.
+    """
+    angles = (positions.float()[..., None, None] * frequencies(rope, hd, positions)).double()
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(rope: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
