@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from fmegatron import tree
 from fmegatron.tree import Tree
@@ -45,6 +46,11 @@ class Engine(Protocol):
 def inside_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is running around the caller."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def compiling() -> bool:
+    """Whether the caller's Python is being traced into a compiled graph."""
+    return detect_fake_mode() is not None
 
 
 # -- torch.func -----------------------------------------------------------------------------------------------------

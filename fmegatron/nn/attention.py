@@ -145,7 +145,7 @@ def attend(
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if attn.fused and rows is None and (torch.compiler.is_compiling() or not inside_transform()):
+    if attn.fused and rows is None and not inside_transform():
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=attn.causal and mask is None, scale=attn.scale, enable_gqa=grouped
         )

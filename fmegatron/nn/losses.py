@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fmegatron.sharding import Size
+from fmegatron.transforms import compiling
 
 if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
@@ -68,7 +69,7 @@ def cross_entropy(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Te
 def pick(sh: Sharding, x: Tensor, labels: Tensor) -> Tensor:
     """x[label] of each token, whichever rank has it: [batch, loss_seq]."""
     vocab = sh.index("vocab", LOGITS, x)
-    if torch.compiler.is_compiling():  # fuses into the passes of the logsumexp, forward and backward
+    if compiling():  # fuses into the passes of the logsumexp, forward and backward
         mine = torch.where(labels[..., None] == vocab, x, torch.zeros_like(x))
     else:
         row = labels - vocab[0]
