@@ -45,12 +45,12 @@ class Engine(Protocol):
 
 def inside_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is running around the caller."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def compiling() -> bool:
     """Whether the caller's Python is being traced into a compiled graph."""
-    return detect_fake_mode() is not None
+    return torch.compiler.is_compiling() or detect_fake_mode() is not None
 
 
 # -- torch.func -----------------------------------------------------------------------------------------------------
