@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -116,13 +116,20 @@ class Traffic:
 
 def table(rows: Iterable[Row], sizes: dict[str, int]) -> list[str]:
     """Lines of a table of rows, one rank's."""
-    cells = [("collective", "axis", "ranks", "count", "bytes", "sent by ring")]
+    cells: list[Sequence[str]] = [("collective", "axis", "ranks", "count", "bytes", "sent by ring")]
     cells += [(r.collective, r.axis, f"{sizes[r.axis]}", f"{r.count}", f"{r.bytes:,}", f"{r.wire:,}") for r in rows]
+    return columns(cells, 2)
+
+
+def columns(cells: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of cells as a table; the first `left` columns are set to the left, the others to the right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
+
+    def line(row: Sequence[str]) -> str:
+        sides = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(sides).rstrip()
+
+    return [line(row) for row in cells]
 
 
 def counted(mesh: Mesh) -> tuple[Mesh, Traffic]:

@@ -1,0 +1,321 @@
+"""What a step will do, before anything runs: each leaf's placements and bytes, and each collective with count and bytes.
+
+    print(explain(llama3("70b"), Sharding(abstract_mesh(dp=64, tp=8), RULES["fsdp_tp_sp"]), batch=(512, 8192)))
+
+Nothing is derived here. The very step runs as rank 0 of an abstract mesh, on meta tensors, over transports that report;
+a kind of block runs once, and what it sent is remembered. So a mesh of thousands of ranks takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import config as configs
+from fmegatron import models, optim, tree
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.data.batches import NAMES
+from fmegatron.models import Model
+from fmegatron.models.hf_families import FAMILIES
+from fmegatron.optim import Transform
+from fmegatron.sharding import Placement, Sharding, abstract_mesh, shard, spmd
+from fmegatron.sharding.sharding import NO_LAYOUT
+from fmegatron.sharding.traffic import Event, Row, Traffic, columns, counted, table
+from fmegatron.train import setup
+from fmegatron.train.leaves import Leaf, to_optimizer
+from fmegatron.train.state import TrainState
+from fmegatron.train.step import Plan, plan_step, step_on_rank
+from fmegatron.train.weights import node_leaves
+from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
+from fmegatron.tree import Tree
+
+
+@dataclass(frozen=True)
+class LeafRow:
+    """One leaf. shape: as the model means it; padded: as it lies. Bytes are one rank's: in use, at rest, optimizer state."""
+
+    path: str
+    names: str
+    shape: tuple[int, ...]
+    padded: tuple[int, ...]
+    compute: str
+    storage: str
+    optimizer: str
+    compute_bytes: int
+    storage_bytes: int
+    optimizer_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Plain data; `str` prints tables, `json()` the same for programs."""
+
+    mesh: dict[str, int]
+    rules: str
+    batch: tuple[int, int]
+    microbatches: int
+    remat: str
+    parameters: int  # without pads
+    leaves: tuple[LeafRow, ...]
+    collectives: tuple[Row, ...]  # of one step, as one rank sends them
+    per_rank: dict[str, int]  # bytes: parameters, gradients, optimizer, and gathered: the largest block in use, and the next
+
+    def json(self) -> str:
+        """One JSON object, with the fields of this class."""
+        return json_module.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        mesh = " x ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
+        head = f"{self.parameters:,} parameters on {mesh} by {self.rules!r}; a step of {self.batch[0]} x {self.batch[1]} tokens"
+        head += f" in {self.microbatches} microbatch(es), remat {self.remat}"
+        same = all(leaf.compute == leaf.storage == leaf.optimizer for leaf in self.leaves)
+        places = ["placement"] if same else ["in use", "at rest", "optimizer"]
+        cells = [["leaf", "shape", *places, "in use B", "at rest B", "optimizer B"]]
+        for leaf in self.leaves:
+            shape = " ".join(f"{n}" if n == m else f"{n}>{m}" for n, m in zip(leaf.shape, leaf.padded, strict=True))
+            at = [leaf.compute] if same else [leaf.compute, leaf.storage, leaf.optimizer]
+            sizes = (leaf.compute_bytes, leaf.storage_bytes, leaf.optimizer_bytes)
+            cells.append([leaf.path, shape, *at, *(f"{n:,}" for n in sizes)])
+        notes = [f"{leaf.path}: {note}" for leaf in self.leaves for note in leaf.notes]
+        totals = ", ".join(f"{name} {n:,}" for name, n in self.per_rank.items())
+        sent = table(self.collectives, self.mesh) if self.collectives else ["no collectives"]
+        blank = [""] if notes else []
+        leaves = columns(cells, len(places) + 2)
+        return "\n".join([head, "", *leaves, "", *notes, *blank, f"bytes a rank: {totals}", "", *sent])
+
+
+def explain(
+    model: Model,
+    sharding: Sharding,
+    *,
+    batch: tuple[int, int],
+    microbatches: int = 1,
+    remat: str = "none",
+    dtype: torch.dtype | None = None,
+    tx: Transform | None = None,
+    fields: Mapping[str, str] = NAMES,
+    prefetch: int = 1,
+) -> Explanation:
+    """Explain one train step; the sharding's mesh may be of any kind and size, only its sizes matter.
+
+    batch: samples in a step over all ranks, tokens in a sample. dtype: of the computation; None is the parameters', fp32.
+    tx: the optimizer; None is AdamW. fields: {key of the batch: its names}, int64 but for weights.
+    Raises ValueError in one line, with the nearest legal choice, where a leaf or the batch does not divide.
+    """
+    mesh, traffic = counted(abstract_mesh(**sharding.mesh.sizes))
+    sh = replace(sharding, mesh=mesh, layout=NO_LAYOUT).bind(model.sizes)
+    rows, seq = batch
+    bound = sh.bind({"batch": rows, "seq": seq, "loss_seq": seq})
+    for names in ("batch seq", "batch seq embed", "batch loss_seq"):
+        bound.placement(names, leaf="the batch")
+    plan = plan_step(model, sh, microbatches=microbatches, remat=remat, dtype=dtype, prefetch=prefetch)
+    plan = replace(plan, compiled=Remembered(traffic))
+    tx = optim.adamw(1e-3) if tx is None else tx
+    shapes = {path: local_shape(sh, leaf, leaf.storage) for path, leaf in plan.leaves.items()}
+    params = tree.map_with_path(lambda path, _: _empty(shapes[path]), model.declare)
+    data = {key: shard(sh, _empty((rows, seq)[: len(names.split())], _dtype(key)), names) for key, names in fields.items()}
+
+    def on_rank(here: Sharding, params: Tree, data: Any) -> Tree:
+        opt_state = tx.init(to_optimizer(plan.leaves, params, here))
+        traffic.clear()
+        zero = _empty((), torch.int64)
+        step_on_rank(plan, optim.fuse(tx), here, TrainState(zero, params, opt_state, zero, zero, zero), data)
+        return opt_state
+
+    with torch.no_grad():
+        opt_state = spmd(sh, on_rank)(params, data)
+    leaves = _explain_leaves(plan, opt_state, dtype or torch.float32)
+    return Explanation(
+        mesh=mesh.sizes,
+        rules=sh.rules.name,
+        batch=batch,
+        microbatches=microbatches,
+        remat=remat,
+        parameters=model.count(),
+        leaves=leaves,
+        collectives=tuple(traffic.rows()),
+        per_rank=_totals(plan, leaves, opt_state),
+    )
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _dtype(key: str) -> torch.dtype:
+    return torch.float32 if key == "weights" else torch.int64
+
+
+# -- an engine that remembers ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Remembered(Autograd):
+    """Autograd on meta tensors that runs each kind of block once: a block of that kind again sends the same again."""
+
+    traffic: Traffic
+    memo: dict[Any, tuple[Any, list[Event]]] = field(default_factory=dict, compare=False)
+
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
+        """As Autograd's; the values are shapes."""
+        both: Tree = (wrt, rest)
+        values, spec = tree.flatten(both)
+        key = (kind, spec, tuple((x.shape, x.dtype) for x in values))
+
+        def differentiate() -> Derivative:
+            return AUTOGRAD.vjp(fn, wrt, rest)
+
+        def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
+            def pull() -> Tree:
+                (_, _, back), _ = self.watch(differentiate)
+                return self.watch(lambda: back(cotangents))
+
+            return self.again((key, *sorted(cotangents)), pull)
+
+        out, moving, _ = self.again(key, lambda: self.watch(differentiate))
+        return out, moving, pullback
+
+    def watch(self, run: Callable[[], Any]) -> tuple[Any, list[Event]]:
+        """What a function returns and what it sends, taken out of the record."""
+        start = len(self.traffic.events.get(0, []))
+        return run(), self.traffic.cut(0, start)
+
+    def again(self, key: Any, run: Callable[[], tuple[Any, list[Event]]]) -> Any:
+        """The result for a key, run once; what it sent is sent every time."""
+        if key not in self.memo:
+            self.memo[key] = run()
+        result, events = self.memo[key]
+        self.traffic.add(0, events)
+        return result
+
+
+# -- leaves ---------------------------------------------------------------------------------------------------------
+def local_shape(sh: Sharding, leaf: Leaf, place: Placement) -> tuple[int, ...]:
+    """A leaf's shape on one rank, where it lies as `place`."""
+    sh = sh if leaf.param.layers is None else sh.bind({"layers": leaf.param.layers})
+    ranks = [math.prod(sh.mesh[axis].size for axis in axes) for axes in place.axes]
+    return tuple(sh.size(name) // n for name, n in zip(place.names, ranks, strict=True))
+
+
+def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[LeafRow, ...]:
+    state: dict[str, int] = dict.fromkeys(plan.leaves, 0)
+    for path, x in tree.to_paths(opt_state).items():
+        owner = max((name for name in plan.leaves if f".{path}".endswith(f".{name}")), key=len, default=None)
+        if owner is not None:
+            state[owner] += _bytes(x)
+    rows = []
+    for path, leaf in plan.leaves.items():
+        local = [math.prod(local_shape(plan.sh, leaf, place)) for place in (leaf.compute, leaf.storage)]
+        sh = plan.sh if leaf.param.layers is None else plan.sh.bind({"layers": leaf.param.layers})
+        rows.append(
+            LeafRow(
+                path=path,
+                names=leaf.param.names,
+                shape=leaf.param.true_shape(plan.model.sizes),
+                padded=tuple(sh.size(name) for name in leaf.compute.names),
+                compute=str(leaf.compute),
+                storage=str(leaf.storage),
+                optimizer=str(leaf.optimizer),
+                compute_bytes=local[0] * dtype.itemsize,
+                storage_bytes=local[1] * torch.float32.itemsize,
+                optimizer_bytes=state[path],
+                notes=_notes(sh, leaf),
+            )
+        )
+    return tuple(rows)
+
+
+def _notes(sh: Sharding, leaf: Leaf) -> tuple[str, ...]:
+    """What one may not expect of a leaf: pads, and rules that were skipped."""
+    notes = []
+    for name in leaf.compute.names:
+        if sh.size(name) != sh.true_size(name):
+            notes.append(f"{name} is padded from {sh.true_size(name)} to {sh.size(name)}")
+    for kind, place in (("compute", leaf.compute), ("storage", leaf.storage), ("optimizer", leaf.optimizer)):
+        for name, axes in sh.rules.lines(kind):  # type: ignore[arg-type]
+            for text in axes:
+                axis, n = text.rstrip("?"), sh.mesh.sizes.get(text.rstrip("?"), 1)
+                if n == 1 or axis in place.placed:
+                    continue
+                if text.endswith("?") and name in place.names:
+                    notes.append(f"{name} of {sh.true_size(name)} does not divide over {axis}={n}: whole on each of its ranks")
+                elif name == "*" and kind != "compute":
+                    notes.append(f"no dim divides over {axis}={n}: whole on each of its ranks in {kind}")
+    return tuple(dict.fromkeys(notes))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str, int]:
+    by_path = {row.path: row for row in leaves}
+    gradients = 0
+    for leaf in plan.leaves.values():
+        place = leaf.optimizer if plan.sh.rules.reduce == "microbatch" else leaf.compute
+        gradients += math.prod(local_shape(plan.sh, leaf, place)) * torch.float32.itemsize
+    gathered = [
+        sum(
+            by_path[leaf.path].compute_bytes // (leaf.param.layers or 1)
+            for leaf in node_leaves(node, plan.leaves).values()
+            if leaf.gather
+        )
+        for node in plan.model.chain
+    ]
+    window = plan.prefetch + 1
+    return {
+        "parameters": sum(row.storage_bytes for row in leaves),
+        "gradients": gradients,
+        "optimizer": sum(_bytes(x) for x in tree.leaves(opt_state)),
+        "gathered": max(sum(gathered[i : i + window]) for i in range(len(gathered))),
+    }
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+def main(config: RunConfig, json: bool = False) -> None:
+    """`fmegatron explain`: print the explanation of a run's step. The mesh may be larger than this machine."""
+    sizes = {axis: n for axis, n in config.mesh.sizes.items() if n != 1}
+    if -1 in sizes.values():
+        others = math.prod(n for n in sizes.values() if n != -1)
+        sizes["dp"] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)
+    model = _model(config)
+    fields = {key: names for key, names in NAMES.items() if key != "documents" or config.data.document_mask}
+    t = config.training
+    explanation = explain(
+        model,
+        Sharding(abstract_mesh(**sizes), setup.rules_of(config.sharding)),
+        batch=(t.global_batch, config.data.seq),
+        microbatches=t.microbatches,
+        remat=t.remat,
+        dtype=setup.dtype_of(config),
+        tx=setup.optimizer_of(config, model, setup.schedule_of(config)),
+        fields=fields,
+        prefetch=t.prefetch,
+    )
+    print(explanation.json() if json else explanation)
+
+
+def _model(config: RunConfig) -> Model:
+    """The run's model, without its weights and without its text."""
+    c = config.model
+    if c.hf is not None:
+        file = Path(c.hf) / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"model.hf = {c.hf}: no config.json there")
+        said = json_module.loads(file.read_text())
+        if said.get("model_type") not in FAMILIES:
+            raise ConfigError(f"model.hf = {c.hf}: model_type {said.get('model_type')!r} is none of {', '.join(FAMILIES)}")
+        model = models.gpt(FAMILIES[said["model_type"]][0](said))
+    elif c.function is not None:
+        model = configs.imported(c.function)(**c.overrides)
+    else:
+        vocab = {"vocab": config.data.vocab_size} if config.data.source == "stdlib" else {}
+        model = models.preset(c.preset, **(vocab | c.overrides))
+    return setup.with_loss(model, c.loss) if c.loss else model
