@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmegatron import random, tree
 from fmegatron.models.model import Model, Values
-from fmegatron.optim import Transform, fuse
+from fmegatron.optim import Known, Transform, fuse
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.collectives import Pmax, Psum, apply
 from fmegatron.train.chain import Step, visits, walk
@@ -165,12 +165,12 @@ def step_on_rank(
     batch = with_samples(sh, state, batch) if model.dropout else batch
     key = random.fold_in(state.key, state.consumed) if model.dropout else None
     grads, metrics = value_and_grad(plan, sh, state.params, batch, key)
-    over = Over(sh, plan.leaves)
+    over: Any = Over(sh, plan.leaves)
     norm = over.norm(grads)
-    ok = torch.isfinite(norm)
+    over, ok = Known(over, grads, norm), torch.isfinite(norm)
     old = to_optimizer(plan.leaves, state.params, sh)
     compiled = isinstance(plan.compiled, Compiled)
-    params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, norm=norm, donate=donate, compile=compiled)
+    params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
     params = to_storage(plan.leaves, params, sh)
     rows = batch["tokens"].shape[0] if "tokens" in batch else next(iter(batch.values())).shape[0]
     new = TrainState(
