@@ -49,16 +49,19 @@ def run_together(xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | Non
 
 
 def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | None) -> list[int]:
-    """The tensors whose next op is of the kind, axis and dtype of the first unfinished one's, up to the limit."""
-    group: list[int] = []
-    elements = 0
-    for i, ops in enumerate(left):
-        if not ops:
-            continue
-        lead = left[group[0]][0] if group else ops[0]
-        alike = type(ops[0]) is type(lead) and ops[0].axis is lead.axis and (not group or xs[i].dtype == xs[group[0]].dtype)
-        fits = limit is None or not group or elements + xs[i].numel() <= limit
-        if alike and fits and (not group or isinstance(lead, AllGather | ReduceScatter | Psum)):
+    """The tensors whose next op is of one kind, axis and dtype, up to the limit; the first kind that no other awaits later."""
+    waiting = [i for i, ops in enumerate(left) if ops]
+    if not waiting:
+        return []
+    later = {(type(op), op.axis.name) for ops in left for op in ops[1:]}
+    first = next((i for i in waiting if (type(left[i][0]), left[i][0].axis.name) not in later), waiting[0])
+    lead, group, elements = left[first][0], [first], xs[first].numel()
+    if not isinstance(lead, AllGather | ReduceScatter | Psum):
+        return group
+    for i in waiting[waiting.index(first) + 1 :]:
+        op = left[i][0]
+        alike = type(op) is type(lead) and op.axis is lead.axis and xs[i].dtype == xs[first].dtype
+        if alike and (limit is None or elements + xs[i].numel() <= limit):
             group.append(i)
             elements += xs[i].numel()
     return group

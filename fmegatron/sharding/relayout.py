@@ -1,8 +1,9 @@
 """Relayout: the collectives that lead from one placement to another.
 
 Gathers go inner to outer, takes outer to inner; an axis that moves to another dim is an all_to_all; a partial axis becomes
-a reduce_scatter where the target is sharded over it, else a psum. What shrinks the tensor comes first. An outer axis that
-goes while an inner one stays is a gather of both and a take: never a silent permutation.
+a reduce_scatter where the target is sharded over it, else a psum. What shrinks the tensor comes first. Between dims the
+mesh's order decides, outer axes scattered first and gathered last, so that several tensors go the same way and can share
+their collectives. An outer axis that goes while an inner one stays is a gather of both and a take: never a silent permutation.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def plan_relayout(mesh: Mesh, source: Placement, target: Placement) -> tuple[Op,
     want = [list(axes) for axes in target.axes]
     partial = set(source.partial) - set(target.partial)
     ops: list[Op] = []
+    order = {axis.name: i for i, axis in enumerate(mesh.axes)}
 
     def next_axis(dim: int) -> str | None:
         """The axis that this dim is to get next, if what it has so far is right."""
@@ -32,30 +34,32 @@ def plan_relayout(mesh: Mesh, source: Placement, target: Placement) -> tuple[Op,
 
     def shrink() -> None:
         """Add axes that cost no gather: reduce_scatter what is partial, take what is replicated."""
-        for dim in range(len(now)):
-            while (axis := next_axis(dim)) is not None:
-                if axis in partial:
-                    ops.append(ReduceScatter(mesh[axis], dim))
-                    partial.discard(axis)
-                elif not any(axis in axes for axes in now):
-                    ops.append(Take(mesh[axis], dim))
-                else:
-                    break
-                now[dim].append(axis)
+        while True:
+            free = [d for d in range(len(now)) if (axis := next_axis(d)) and (axis in partial or not held(axis))]
+            if not free:
+                return
+            dim = min(free, key=lambda d: order[want[d][len(now[d])]])
+            axis = want[dim][len(now[dim])]
+            ops.append(ReduceScatter(mesh[axis], dim) if axis in partial else Take(mesh[axis], dim))
+            partial.discard(axis)
+            now[dim].append(axis)
+
+    def held(axis: str) -> bool:
+        return any(axis in axes for axes in now)
 
     shrink()
     pending = {axis for dim in range(len(want)) for axis in want[dim] if axis not in now[dim]}
-    ops.extend(Psum(mesh[axis]) for axis in sorted(partial - pending))
+    ops.extend(Psum(mesh[axis]) for axis in sorted(partial - pending, key=order.__getitem__))
     partial &= pending
-    for dim in range(len(now)):
-        while now[dim] != want[dim][: len(now[dim])]:
-            axis = now[dim].pop()
-            goal = next((d for d in range(len(now)) if d != dim and next_axis(d) == axis), None)
-            if goal is None:
-                ops.append(AllGather(mesh[axis], dim))
-            else:
-                ops.append(AllToAll(mesh[axis], goal, dim))
-                now[goal].append(axis)
+    while wrong := [d for d in range(len(now)) if now[d] != want[d][: len(now[d])]]:
+        dim = max(wrong, key=lambda d: order[now[d][-1]])
+        axis = now[dim].pop()
+        goal = next((d for d in range(len(now)) if d != dim and next_axis(d) == axis), None)
+        if goal is None:
+            ops.append(AllGather(mesh[axis], dim))
+        else:
+            ops.append(AllToAll(mesh[axis], goal, dim))
+            now[goal].append(axis)
         shrink()
     shrink()
     assert now == want and not partial, f"relayout of {source} to {target} ended at {now}"

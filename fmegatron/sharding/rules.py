@@ -83,7 +83,7 @@ BATCH: RuleLike = ("batch", ("dp", "fsdp", "ep"))
 CONTEXT: tuple[RuleLike, ...] = (("seq", "cp"), ("loss_seq", "cp"))
 TENSOR: tuple[RuleLike, ...] = (("heads", "tp"), ("kv", "tp?"), ("mlp", "tp"), ("vocab", "tp"), ("expert", "ep"))
 SEQUENCE: tuple[RuleLike, ...] = (("seq", ("cp", "tp")), ("loss_seq", "cp"))
-SHARDED: RuleLike = ("*", ("fsdp", "dp", "cp"))
+SHARDED: RuleLike = ("*", ("dp", "fsdp", "cp"))  # the mesh's order: leaves then share their collectives
 
 _TP = normalize((*TENSOR, BATCH, *CONTEXT))
 _TP_SP = normalize((*TENSOR, BATCH, *SEQUENCE))
