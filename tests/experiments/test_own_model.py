@@ -1,0 +1,79 @@
+"""The example of a user's own model, loss, optimizer and data: invariant on meshes, and trained from a TOML by import path."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as `fmegatron` does with the folder it runs in
+
+from experiments import own_model as own  # noqa: E402
+from fmegatron.data.batches import NAMES, batch_at  # noqa: E402
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh  # noqa: E402
+from fmegatron.testing import assert_mesh_invariant  # noqa: E402
+from fmegatron.train.state import init  # noqa: E402
+from fmegatron.train.step import make_step  # noqa: E402
+
+ROOT = Path(own.__file__).parents[1]
+
+
+def train(sh: Sharding, steps: int = 12) -> list[float]:
+    """Bits per byte of each step."""
+    model, tx, rows = own.model(), own.lion(3e-3), own.data(64)
+    state, step, losses = init(model, tx, sh), make_step(model, tx, sh), []
+    for i in range(steps):
+        batch = {name: shard(sh, x, NAMES[name]) for name, x in batch_at(rows, 8 * i, 8).items()}
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["bits"].reshape(-1)[0]))
+    return losses
+
+
+SMALL = own.model(layers=2, embed_size=16, mlp=32)
+ALL_AXES = [Sharding(virtual_mesh(dp=2, cp=2, tp=2), RULES[name]) for name in ("tp", "fsdp_tp_sp")]
+
+
+def test_it_computes_on_meshes_what_one_device_does() -> None:
+    assert_mesh_invariant(SMALL, batch_at(own.data(16), 0, 4), ALL_AXES)
+
+
+@pytest.mark.long
+def test_every_preset_computes_what_one_device_does() -> None:
+    assert_mesh_invariant(SMALL, batch_at(own.data(16), 0, 4))
+
+
+def test_mixing_over_a_sharded_name_is_refused() -> None:
+    sh = Sharding(virtual_mesh(tp=2), RULES["tp"]).bind({"mlp": 8})
+    with pytest.raises(ValueError, match="mixes over 'mlp'"):
+        sh.local(lambda x: x, "batch kv_seq mlp -> batch kv_seq")
+
+
+def test_it_learns_under_tp_as_on_one_device() -> None:
+    one = train(SINGLE)
+    tp = train(Sharding(virtual_mesh(dp=2, tp=2), RULES["fsdp_tp_sp"]))
+    assert abs(one[0] - 8) < 0.1 and one[-1] < 5  # a byte of eight bits, at first
+    assert tp == pytest.approx(one, abs=1e-3)
+
+
+def test_lion_is_its_formula() -> None:
+    p, g = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -3.0])
+    tx = own.lion(0.1)
+    updates, state = tx.update({"w": g}, tx.init({"w": p}), {"w": p})
+    assert torch.equal(updates["w"], torch.tensor([-0.1, 0.1]))
+    updates, _ = tx.update({"w": -0.02 * g}, state, {"w": p})  # 0.9 * 0.01 g of momentum outweighs 0.1 * 0.02 g
+    assert torch.equal(updates["w"], torch.tensor([-0.1, 0.1]))
+
+
+def test_the_command_trains_it_by_import_path(tmp_path: Path) -> None:
+    words = ["train", "experiments/own_model.toml", "--training.steps", "3", "--mesh.virtual", "true", "--mesh.tp", "2"]
+    command = [sys.executable, "-m", "fmegatron", *words, "--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert math.isclose(records[0]["loss"], 8, abs_tol=0.1) and records[2]["loss"] < records[0]["loss"]
