@@ -179,16 +179,16 @@ def why_not_compile() -> str | None:
 FUNC, AUTOGRAD = Func(), Autograd()
 
 
-def checkpoint(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def checkpoint(fn: Callable[..., Any], *tensors: Tensor) -> Any:
     """`fn(*tensors)` whose residuals are dropped: backward runs `fn` again. Eager engines; differentiable many times."""
     return _Checkpoint.apply(fn, *tensors)
 
 
 class _Checkpoint(torch.autograd.Function):
-    generate_vmap_rule = True
+    """Its backward is a checkpoint too, of fn's pullback: so the vjp is taken in a forward, where vmap has a rule for it."""
 
     @staticmethod
-    def forward(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def forward(fn: Callable[..., Any], *tensors: Tensor) -> Any:
         return fn(*tensors)
 
     @staticmethod
@@ -197,16 +197,26 @@ class _Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        fn, tensors = ctx.fn, ctx.saved_tensors
         moving = [i for i, t in enumerate(tensors) if t.is_floating_point()]
 
-        def on_moving(*values: Tensor) -> Tensor:
-            now = list(tensors)
-            for i, value in zip(moving, values, strict=True):
-                now[i] = value
-            return ctx.fn(*now)
+        def pull(*given: Tensor) -> tuple[Tensor, ...]:
+            cts, now = given[: len(cotangents)], list(given[len(cotangents) :])
 
-        results: Any = torch.func.vjp(on_moving, *(tensors[i] for i in moving))
-        grads = dict(zip(moving, results[1](cotangent), strict=True))
+            def on_moving(*values: Tensor) -> Any:
+                for i, value in zip(moving, values, strict=True):
+                    now[i] = value
+                return fn(*now)
+
+            out, back = torch.func.vjp(on_moving, *(now[i] for i in moving))[:2]
+            return back(cts if isinstance(out, tuple) else cts[0])
+
+        grads = dict(zip(moving, _Checkpoint.apply(pull, *cotangents, *tensors), strict=True))
         return None, *(grads.get(i) for i in range(len(tensors)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        mapped = torch.vmap(fn, in_dims[1:], randomness=info.randomness)
+        out = _Checkpoint.apply(lambda *xs: mapped(*xs), *tensors)
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
