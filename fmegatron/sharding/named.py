@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os.path
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,11 @@ def groups(sh: Sharding, kv: Tensor, pattern: str) -> Tensor:
     (source,), out = split_arrow(pattern)
     dim = next(i for i, (a, b) in enumerate(zip(source, out, strict=True)) if a != b)
     of_kv, of_heads = sh.placement(" ".join(source)), sh.placement(" ".join(out))
-    if of_kv.axes[dim] == of_heads.axes[dim]:
+    shared = os.path.commonprefix([of_kv.axes[dim], of_heads.axes[dim]])  # an axis behind a skipped one cuts other groups
+    target = Placement(source, tuple(tuple(shared) if i == dim else axes for i, axes in enumerate(of_heads.axes)))
+    if target.axes != of_kv.axes:
+        kv = run(kv, sh.rank, plan_relayout(sh.mesh, of_kv, target))
+    if target.axes == of_heads.axes:
         return kv
     shards = math.prod(sh.mesh[axis].size for axis in of_heads.axes[dim])
     heads = sh.size(out[dim]) // shards  # local query heads
@@ -133,7 +138,7 @@ def groups(sh: Sharding, kv: Tensor, pattern: str) -> Tensor:
     step = heads if group % heads == 0 else 1  # one key/value head serves all local queries, or one each
     queries = torch.arange(0, heads, step, device=kv.device)
     first = offset(sh.mesh, sh.rank, of_heads.axes[dim], heads)
-    chosen = (queries + first) // group - offset(sh.mesh, sh.rank, of_kv.axes[dim], kv.shape[dim])
+    chosen = (queries + first) // group - offset(sh.mesh, sh.rank, target.axes[dim], kv.shape[dim])
     return kv.index_select(dim, chosen)
 
 
