@@ -43,22 +43,23 @@ def meshes(draw: Draw, max_ranks: int = 8, axes: tuple[str, ...] = AXES, least: 
 
 @st.composite
 def own_rules(draw: Draw, axes: tuple[str, ...]) -> Rules:
-    """Lists of one's own: names in any order, a name over any axes in any order, storage and optimizer on any line.
+    """Lists of one's own: names in any order over any axes in any order, storage and optimizer on any line.
 
-    What a decoder asks of its rules holds: kv goes with heads, and vocab shares no axis with batch and loss_seq.
+    What a decoder asks of its rules holds: lines of its weights' names come first and share no axis with batch; kv goes
+    with heads; vocab shares no axis with loss_seq.
     """
-    data, model = (tuple(a for a in axes if draw(st.booleans())) for _ in range(2))
+    weights = tuple(a for a in axes if draw(st.booleans()))
+    data = tuple(a for a in axes if a not in weights)
 
     def over(among: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(draw(st.permutations(among))[: draw(st.integers(0, len(among)))]) if among else ()
 
-    batch, heads = over(data), over(model)
-    free = tuple(a for a in axes if a not in batch)
-    lines = [("batch", batch), ("seq", over(free)), ("mlp", over(model)), ("heads", heads)]
-    lines += [("loss_seq", over(free)), ("kv", tuple(f"{a}?" for a in heads))]
-    used = {*batch, *lines[4][1]}
-    lines.append(("vocab", over(tuple(a for a in model if a not in used))))
-    compute = tuple((name, on) for name, on in draw(st.permutations(lines)) if on)
+    heads, batch, loss = over(weights), over(data), over(axes)
+    seq, loss = (tuple(a for a in on if a not in batch) for on in (over(axes), loss))
+    first = [("heads", heads), ("kv", tuple(f"{a}?" for a in heads)), ("mlp", over(weights))]
+    first.append(("vocab", tuple(a for a in over(weights) if a not in loss)))
+    then = [("batch", batch), ("seq", seq), ("loss_seq", loss)]
+    compute = tuple((name, on) for name, on in (*draw(st.permutations(first)), *draw(st.permutations(then))) if on)
     named = {axis.rstrip("?") for _, on in compute for axis in on}
     rest = tuple(a for a in axes if a not in named)
     storage = draw(st.sampled_from([(("*", axes),), (), (("embed", tuple(f"{a}?" for a in axes)),)]))
