@@ -32,7 +32,7 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     positions = v.get("positions", place)
     out = {"h": embedding.apply(sh, p, tokens, positions, c.embed_multiplier)}
     if c.embed_norm:
-        out["h"] = norm.apply(c.block_norm, p["norm"], out["h"])
+        out["h"] = norm.apply(sh, c.block_norm, p["norm"], out["h"])
     heads = "batch seq heads hd"
     for a in {a.table: a for a in kinds(c) if a.rope is not None}.values():
         here = sh.align(positions, "batch seq", within=heads)
@@ -52,12 +52,12 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
     n = c.block_norm
 
     def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
-        y = block(norm.apply(n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
+        y = block(norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
         if c.norm_at in ("peri", "out"):
-            y = norm.apply(n, p[f"{name}_out_norm"], y)
+            y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
         if key is not None and c.hidden_dropout:
             y = dropout.apply(sh, c.hidden_dropout, random.fold_in(key, site), y, v)
-        return norm.apply(n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
+        return norm.apply(sh, n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
 
     h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
     h = add(h, "mlp", 1, lambda x: mlp.apply(sh, c.block_mlp, p["mlp"], x))
@@ -66,7 +66,7 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """The last norm; the stream, labels and weights to where the loss wants their sequence."""
-    h = norm.apply(c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
+    h = norm.apply(sh, c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
     return {
         "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),
         "out.labels": sh.relayout(v["labels"], "batch seq -> batch loss_seq"),

@@ -80,15 +80,15 @@ def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[s
     if attn.bias:
         queries, keys, values = queries + p["q_bias"], keys + p["k_bias"], values + p["v_bias"]
     if attn.norm is not None:
-        queries = norm.apply(attn.norm, p.get("q_norm", {}), queries)
-        keys = norm.apply(attn.norm, p.get("k_norm", {}), keys)
+        queries = norm.apply(sh, attn.norm, p.get("q_norm", {}), queries)
+        keys = norm.apply(sh, attn.norm, p.get("k_norm", {}), keys)
     if attn.rope is not None:
         cos, sin = v[f"{attn.table}.cos"], v[f"{attn.table}.sin"]
         queries, keys = rope.rotate(attn.rope, queries, cos, sin), rope.rotate(attn.rope, keys, cos, sin)
-    keys, values = (
-        sh.groups(sh.relayout(y, "batch seq kv hd -> batch kv_seq kv hd"), "batch kv_seq kv hd -> batch kv_seq heads hd")
-        for y in (keys, values)
-    )
+    keys, values = (sh.relayout(y, "batch seq kv hd -> batch kv_seq kv hd") for y in (keys, values))
+    if "cache" in v:  # while generating: with those of earlier tokens, see inference/cache.py
+        keys, values = v["cache"](keys, values)  # type: ignore[operator]
+    keys, values = (sh.groups(y, GROUPS) for y in (keys, values))
     more = {"mask": visible(sh, attn, queries, keys, v), "sink": p.get("sink")}
     if attn.dropout and key is not None:
         more["rows"], more["columns"] = dropout.of_scores(sh, random.fold_in(key, "scores"), queries, v)

@@ -8,12 +8,15 @@ l2        x / sqrt(mean(x^2) + eps)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fmegatron.nn.param import Param, bias, ones, zeros
+
+if TYPE_CHECKING:
+    from fmegatron.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,13 @@ def declare(norm: Norm, names: str = "embed") -> dict[str, Param]:
     return weight | ({"bias": bias(names)} if norm.kind == "layer" and norm.bias else {})
 
 
-def apply(norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
-    """Normalise [..., n] over its last dim; the result has x's dtype."""
+def apply(sh: Sharding, norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
+    """Normalise [..., n] over its last dim; the result has x's dtype. A part that remat may compute again."""
+    return sh.remat("norm", lambda x, *weights: normalize(norm, dict(zip(p, weights, strict=True)), x), x, *p.values())
+
+
+def normalize(norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
+    """The norm itself."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = p["weight"].to(wide.dtype) + (1.0 if norm.centred else 0.0) if "weight" in p else None
     if norm.kind == "layer":

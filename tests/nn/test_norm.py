@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fmegatron.nn import norm
 from fmegatron.nn.norm import Norm
+from fmegatron.sharding import SINGLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -24,7 +25,7 @@ def test_norms_equal_torch(dtype, centred):
     }
     for kind, want in exact.items():
         p = {"rms": {"weight": w}, "layer": {"weight": w, "bias": b}, "l2": {}}[kind]
-        y = norm.apply(Norm(kind, centred=centred), p, x)
+        y = norm.apply(SINGLE, Norm(kind, centred=centred), p, x)
         assert y.dtype == dtype
         torch.testing.assert_close(y, want.to(dtype), rtol=1e-5 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
 
@@ -34,6 +35,6 @@ def test_declarations_start_as_the_plain_norm():
     for centred in (False, True):
         n = Norm("rms", centred=centred)
         weight = norm.declare(n)["weight"].init(torch.tensor(0), torch.arange(8))
-        torch.testing.assert_close(norm.apply(n, {"weight": weight}, x), F.rms_norm(x, (8,), None, 1e-5))
+        torch.testing.assert_close(norm.apply(SINGLE, n, {"weight": weight}, x), F.rms_norm(x, (8,), None, 1e-5))
     assert norm.declare(Norm("l2")) == {}
     assert list(norm.declare(Norm("layer", bias=False))) == ["weight"]
