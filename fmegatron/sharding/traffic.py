@@ -10,7 +10,8 @@ have equal bytes. Over the wire a rank sends, by the ring algorithm on n ranks:
 
     all_reduce 2 (n - 1) / n bytes      all_gather, reduce_scatter, all_to_all (n - 1) / n bytes      permute bytes
 
-Counting is Python's: a compiled block reports while it is traced and not when it runs, so count an eager step.
+Counting is Python's: a compiled block reports while it is traced and not when it runs, so count an eager step; and a
+derivative taken outside of a virtual mesh goes through the tensors that stand for the ranks, not through its transports.
 """
 
 from __future__ import annotations

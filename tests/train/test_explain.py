@@ -1,0 +1,314 @@
+"""The closed forms of docs/communication.md against what is sent: by explain, by every kind of mesh, and by gloo.
+
+Run as a script under torchrun this file is the program whose collectives torch counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from fmegatron import optim
+from fmegatron.config import load
+from fmegatron.data.batches import NAMES
+from fmegatron.models import Config, gpt, llama3
+from fmegatron.sharding import RULES, Sharding, abstract_mesh, make_mesh, shard, thread_mesh, virtual_mesh
+from fmegatron.sharding.traffic import counted
+from fmegatron.train import explain as module
+from fmegatron.train.explain import explain
+from fmegatron.train.state import init
+from fmegatron.train.step import make_step
+
+C = Config(layers=3, embed=32, heads=4, kv=2, mlp=48, vocab=64, loss_chunks=2)
+B, S = 8, 16
+
+
+# -- the closed forms, as docs/communication.md has them --------------------------------------------------------------
+def formula(rules, sizes, c=C, batch=(B, S), m=1, remat="none", keeps=False, act=4):
+    """{(collective, axis): (count, bytes)} of one rank's step. keeps: the engine cannot free what was gathered (vmap)."""
+    ranks = {"dp": 1, "fsdp": 1, "cp": 1, "tp": 1} | sizes
+    dp, fsdp, cp, tp = ranks.values()
+    store, sp = rules.split("_")[0] if rules[:2] != "tp" else "ddp", rules.endswith("_sp")
+    b, s, seq, L, hd = batch[0] // (dp * fsdp * m), batch[1] // cp, batch[1], c.layers, c.embed // c.heads
+    kv = c.kv // tp if c.kv % tp == 0 else c.kv
+    count, total = Counter(), Counter()
+
+    def add(collective, axis, n, each):
+        if ranks[axis] > 1 and n:
+            count[collective, axis] += n
+            total[collective, axis] += n * each
+
+    # activations
+    x, ids, again = b * s * c.embed * act, b * s * 8, int(remat not in ("none", "selective"))
+    if sp:
+        add("all_gather", "tp", m * L * (4 + 2 * again), x)
+        add("reduce_scatter", "tp", m * L * (4 + 2 * again), x)
+        add("reduce_scatter", "tp", 2 * m, x)  # lookup forward, end backward
+        add("all_gather", "tp", 2 * m, x)  # lookup backward, end forward
+        add("all_gather", "tp", 5 * m, ids)  # tokens, positions, documents twice, labels
+        add("all_gather", "tp", m, b * s * 4)  # weights
+    else:
+        add("all_reduce", "tp", m * (L * (4 + 2 * again) + 2), x)
+    add("all_gather", "cp", m * L * (2 + 2 * again), b * seq * kv * hd * act)
+    add("reduce_scatter", "cp", m * L * 2, b * seq * kv * hd * act)
+    add("all_gather", "cp", m, b * seq * 8)  # documents of the keys
+    add("all_reduce", "tp", 5 * m * c.loss_chunks, b * s * 4 // c.loss_chunks)
+
+    # parameters
+    order = ["dp", "fsdp", "cp"]
+    z = {"fsdp": order, "hsdp": ["fsdp"]}.get(store, [])
+    o = order if store in ("zero1", "zero2") else z
+    layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + 2 * c.embed * kv * hd + 2 * c.embed
+    ends = {"embed": c.vocab * c.embed // tp, "final": c.embed, "loss": c.vocab * c.embed // tp}
+    P = L * layer + sum(ends.values())
+
+    def outer(axis, among):
+        return math.prod(ranks[a] for a in among[: among.index(axis)])
+
+    for axis in z:
+        layers = 2 if again or not keeps else 1
+        visits = {"embed": 2 - keeps, "final": 2 - keeps, "loss": 1}
+        add("all_gather", axis, m * layers * L, layer * act // outer(axis, z))
+        for node, n in visits.items():
+            add("all_gather", axis, m * n, ends[node] * act // outer(axis, z))
+    per_microbatch = RULES[rules].reduce == "microbatch"
+    for axis in o:
+        if per_microbatch:
+            add("reduce_scatter", axis, m * L, layer * 4 // outer(axis, o))
+            for node in ends:
+                add("reduce_scatter", axis, m, ends[node] * 4 // outer(axis, o))
+        else:
+            add("reduce_scatter", axis, 1, P * 4 // outer(axis, o))
+        if o is not z:
+            add("all_gather", axis, 1, P * 4 // outer(axis, o))
+    shards = math.prod(ranks[a] for a in o)
+    for axis in order:
+        if axis not in o:
+            add("all_reduce", axis, 1, P * 4 // shards)
+    whole = (2 * L + 1) * c.embed + (2 * L * c.embed * kv * hd if c.kv % tp else 0)
+    add("all_reduce", "tp", 1, whole * 4 // shards)
+
+    # denominators, metrics, norm
+    terms = 1
+    for axis in ranks:
+        add("all_reduce", axis, 2, 0)
+        add("all_reduce", axis, 1, 8 * terms + 8 * (terms + 1) + 4)
+    return {key: (count[key], total[key]) for key in count}
+
+
+CASES = [
+    ("ddp", {"dp": 4}),
+    ("ddp", {"dp": 2, "cp": 2}),
+    ("zero1", {"dp": 4}),
+    ("zero1", {"dp": 2, "cp": 2}),
+    ("zero2", {"dp": 4}),
+    ("fsdp", {"dp": 4}),
+    ("fsdp", {"dp": 2, "fsdp": 2}),
+    ("fsdp", {"dp": 2, "cp": 2}),
+    ("hsdp", {"dp": 2, "fsdp": 2}),
+    ("tp", {"tp": 2}),
+    ("tp", {"tp": 4}),  # two key/value heads on four ranks
+    ("tp_sp", {"tp": 4}),
+    ("tp_sp", {"dp": 2, "tp": 2}),
+    ("fsdp_tp", {"dp": 2, "tp": 2}),
+    ("fsdp_tp_sp", {"dp": 2, "tp": 2}),
+    ("zero2_tp_sp", {"dp": 2, "tp": 2}),
+]
+BIG = [
+    ("fsdp_tp_sp", {"dp": 2, "cp": 2, "tp": 2}),
+    ("zero1_tp", {"dp": 2, "cp": 2, "tp": 2}),
+    ("hsdp_tp_sp", {"dp": 2, "fsdp": 2, "tp": 2}),
+]
+SETTINGS = [{}, {"m": 2, "remat": "full"}, {"m": 2}, {"remat": "every-2"}, {"remat": "selective"}]
+TX = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))
+
+
+def sent(explanation):
+    return {(row.collective, row.axis): (row.count, row.bytes) for row in explanation.collectives}
+
+
+def a_batch(sh):
+    tokens = torch.arange(B * S).reshape(B, S) % C.vocab
+    values = dict.fromkeys(NAMES, tokens) | {"weights": torch.ones(B, S), "sample": torch.arange(B)}
+    return {key: shard(sh, values[key], names) for key, names in NAMES.items()}
+
+
+def run_step(mesh, rules, m=1, remat="none"):
+    """One real step; the mesh's traffic is forgotten before it."""
+    sh, model = Sharding(mesh, RULES[rules]), gpt(C)
+    state = init(model, TX, sh)
+    step = make_step(model, TX, sh, microbatches=m, remat=remat)
+    batch = a_batch(sh)
+    return lambda: step(state, batch)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("rules, sizes", CASES + BIG, ids=str)
+def test_explain_equals_the_closed_form(rules, sizes, setting):
+    m, remat = setting.get("m", 1), setting.get("remat", "none")
+    found = explain(gpt(C), Sharding(abstract_mesh(**sizes), RULES[rules]), batch=(B, S), microbatches=m, remat=remat, tx=TX)
+    assert sent(found) == formula(rules, sizes, m=m, remat=remat)
+
+
+@pytest.mark.parametrize("kind", [virtual_mesh, thread_mesh], ids=["virtual", "threads"])
+@pytest.mark.parametrize("rules, sizes, setting", [(*case, SETTINGS[i % 2]) for i, case in enumerate(CASES)], ids=str)
+def test_a_real_step_sends_the_closed_form(kind, rules, sizes, setting):
+    mesh, traffic = counted(kind(**sizes))
+    step = run_step(mesh, rules, **setting)
+    traffic.clear()
+    step()
+    expected = formula(rules, sizes, keeps=kind is virtual_mesh, **setting)
+    assert len(traffic.events) == (1 if kind is virtual_mesh else mesh.size)
+    for rank in traffic.events:
+        assert traffic.counts(rank) == expected
+
+
+def test_swapping_rules_changes_what_the_form_says_and_nothing_else():
+    layers = {n: gpt(Config(**{**vars(C), "layers": n})) for n in (3, 4)}
+
+    def per_layer(rules, sizes):
+        few, more = (sent(explain(layers[n], Sharding(abstract_mesh(**sizes), RULES[rules]), batch=(B, S))) for n in (3, 4))
+        return {key: more[key][0] - few[key][0] for key in more if more[key][0] != few[key][0]}
+
+    assert per_layer("tp", {"tp": 2}) == {("all_reduce", "tp"): 4}
+    assert per_layer("tp_sp", {"tp": 2}) == {("all_gather", "tp"): 4, ("reduce_scatter", "tp"): 4}
+    assert per_layer("fsdp", {"dp": 2}) == {("all_gather", "dp"): 2, ("reduce_scatter", "dp"): 1}
+    assert per_layer("zero2", {"dp": 2}) == {("reduce_scatter", "dp"): 1}
+    assert per_layer("zero1", {"dp": 2}) == per_layer("ddp", {"dp": 2}) == {}
+    assert per_layer("fsdp_tp_sp", {"dp": 2, "tp": 2}) == {
+        ("all_gather", "tp"): 4, ("reduce_scatter", "tp"): 4, ("all_gather", "dp"): 2, ("reduce_scatter", "dp"): 1,
+    }  # fmt: skip
+
+
+# -- torch's own count, on real processes ------------------------------------------------------------------------------
+def under_torchrun(folder):
+    """Each case on 4 gloo processes: counts by CommDebugMode, bytes by axis by a dispatch mode of this file."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+
+    class Bytes(TorchDispatchMode):
+        def __init__(self, axes):
+            super().__init__()
+            self.axes, self.seen = axes, []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            packet = func.overloadpacket
+            if str(packet).startswith("_c10d_functional.") and "wait" not in str(packet):
+                name = names[packet.__name__]
+                x = out if name == "all_gather" else args[0]
+                self.seen.append((name, self.axes[args[-1]], x.numel() * x.element_size()))
+            return out
+
+    results = []
+    for i, (rules, sizes) in enumerate(case for case in CASES if math.prod(case[1].values()) == 4):
+        mesh = make_mesh(**sizes)
+        step = run_step(mesh, rules, **SETTINGS[i % 2])
+        with Bytes({axis.transport.name: axis.name for axis in mesh.axes}) as mode, CommDebugMode() as torch_own:
+            step()
+        counts = {names[str(op).split(".")[-1]]: n for op, n in torch_own.get_comm_counts().items()}
+        results.append([rules, sizes, SETTINGS[i % 2], counts, mode.seen])
+    with open(os.path.join(folder, f"{dist.get_rank()}.json"), "w") as file:
+        json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_torch_counts_the_same_on_gloo_processes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", __file__, str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) >= 10
+    for rules, sizes, setting, by_torch, seen in ranks[0]:
+        expected = formula(rules, sizes, **setting)
+        total, bytes_ = Counter(), Counter()
+        for name, axis, n in seen:
+            total[name, axis] += 1
+            bytes_[name, axis] += n
+        assert {key: (total[key], bytes_[key]) for key in total} == expected, (rules, sizes)
+        per_name = Counter()
+        for (name, _), (n, _) in expected.items():
+            per_name[name] += n
+        assert by_torch == per_name, (rules, sizes)
+
+
+# -- leaves, large models, the command ---------------------------------------------------------------------------------
+def test_leaves_show_placements_pads_and_skipped_rules():
+    model = gpt(Config(**{**vars(C), "vocab": 50, "vocab_pad": 8, "layers": 2}))
+    found = explain(model, Sharding(abstract_mesh(dp=2, tp=4), RULES["fsdp_tp"]), batch=(B, S), dtype=torch.bfloat16)
+    leaves = {leaf.path: leaf for leaf in found.leaves}
+    k, table = leaves["layers.0.attn.k"], leaves["embed.token"]
+    assert k.notes == ("kv of 2 does not divide over tp=4: whole on each of its ranks",)
+    assert (table.shape, table.padded) == ((50, 32), (56, 32)) and table.notes == ("vocab is padded from 50 to 56",)
+    assert (table.compute, table.storage) == ("vocab:tp embed", "vocab:tp embed:dp")
+    assert (table.compute_bytes, table.storage_bytes, table.optimizer_bytes) == (14 * 32 * 2, 14 * 16 * 4, 2 * 14 * 16 * 4)
+    assert found.parameters == model.count()
+    assert found.per_rank["parameters"] == sum(leaf.storage_bytes for leaf in found.leaves)
+    text = str(found)
+    assert "50>56 32" in text and "kv of 2 does not divide" in text and "all_reduce" in text
+    again = json.loads(found.json())
+    assert {"mesh", "leaves", "collectives", "per_rank"} <= again.keys()
+    assert set(again["collectives"][0]) == {"collective", "axis", "count", "bytes", "wire"}
+
+
+def test_bytes_at_rest_are_those_of_a_real_state():
+    mesh = virtual_mesh(dp=2, tp=2)
+    sh = Sharding(mesh, RULES["zero2_tp_sp"])
+    state = init(gpt(C), TX, sh)
+    found = explain(gpt(C), sh, batch=(B, S), tx=TX)
+
+    def held(values):
+        return sum(x.numel() * x.element_size() for x in torch.utils._pytree.tree_leaves(values)) // mesh.size
+
+    from fmegatron import tree
+
+    assert found.per_rank["parameters"] == held(tree.leaves(state.params))
+    assert found.per_rank["optimizer"] == held(tree.leaves(state.opt_state))
+
+
+def test_a_large_model_on_thousands_of_ranks_takes_seconds():
+    start = time.process_time()
+    sh = Sharding(abstract_mesh(dp=512, tp=8), RULES["fsdp_tp_sp"])
+    found = explain(llama3("70b"), sh, batch=(2048, 8192), microbatches=4, remat="full", dtype=torch.bfloat16)
+    assert time.process_time() - start < 20
+    assert found.parameters == 70_553_706_496
+    c = llama3("70b").config
+    assert sent(found)["all_gather", "dp"] == (4 * (2 * 80 + 5), sent(found)["all_gather", "dp"][1])
+    assert sent(found)["reduce_scatter", "tp"] == (4 * (6 * 80 + 2), 4 * (6 * 80 + 2) * 8192 * c.embed * 2)
+
+
+@pytest.mark.parametrize("table, word", [
+    ({"mesh": {"tp": 3}, "data": {"seq": 33}}, "use tp=2 or tp=4"),
+    ({"mesh": {"dp": 3}}, "use dp=2 or dp=4"),
+    ({"mesh": {"dp": 2}, "training": {"microbatches": 8}}, "use one of [1, 2, 4]"),
+    ({"mesh": {"tp": 2}, "sharding": {"rules": "fsdp"}}, "named by no rule"),
+    ({"sharding": {"rules": "tps"}}, "no such rules"),
+])  # fmt: skip
+def test_a_bad_mesh_ends_in_one_line_with_the_nearest_choice(table, word):
+    with pytest.raises(ValueError) as error:
+        module.main(load("debug", table))
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_prints_tables_or_json(capsys):
+    run = load("debug", {"mesh": {"dp": 64, "tp": 2}, "training": {"global_batch": 128}})
+    module.main(run)
+    assert "reduce_scatter" in capsys.readouterr().out
+    module.main(run, json=True)
+    assert json.loads(capsys.readouterr().out)["mesh"] == {"dp": 64, "tp": 2}
+
+
+if __name__ == "__main__":
+    under_torchrun(sys.argv[1])
