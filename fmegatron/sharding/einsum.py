@@ -101,7 +101,7 @@ def multiply(product: Product, x: Tensor, w: Tensor) -> Tensor:
     else:
         matrix = w.permute([product.w.index(n) for n in contracted + columns]).reshape(inner, -1)
     y = torch.matmul(x, matrix)
-    return y if len(tail) == 1 else y.reshape(*y.shape[:-1], *tail)
+    return y if len(tail) == 1 else y.reshape((*y.shape[:-1], *tail))
 
 
 def _general(product: Product, x: Tensor, w: Tensor) -> Tensor:
