@@ -1,0 +1,196 @@
+"""A whole optimizer step as one pass over memory.
+
+    step = fuse(tx)
+    params, state = step(grads, state, params, over=over, ok=isfinite(norm), donate=True, compile=True)
+
+is, with fewer passes and the same formulas,
+
+    updates, new_state = tx.update(grads, state, params, over=over)
+    params, state = where(ok, (apply_updates(params, updates), new_state), (params, state))
+
+The links of tx fall into three parts, and only the last elementwise run is fused; any transform may stand before it:
+
+    head      closed boxes and whatever precedes them       run by their own update
+    factor    a Scaling right before the tail (clipping)    one number, multiplied in by the kernel
+    tail      the last run of elementwise links             composed with p + u and the choice of ok
+
+compile   one kernel by torch.compile over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
+          integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
+donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
+neither   tx.update on lists of leaves; the only way under vmap or grad, and differentiable
+ok        0-D bool: False leaves params, slots and counts as they were; chosen before anything is overwritten
+To the kernel all numbers of a step (factor, ok, rates, bias corrections, each leaf's own) are one small vector: data.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
+from fmegatron.optim.elementwise import Elementwise, plain
+
+Kernel = Callable[..., tuple[Tensor, ...]]
+ROW = 64  # elements: a multiple of every vector register's; what is left over, rarely anything, goes eager
+PIECE = 1 << 17  # elements: some ten fp32 arrays of a piece, temporaries included, stay in a cache of a few MB
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """tx as one function (grads, state, params) -> (params, state); see the module."""
+
+    tx: Transform
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Transform, ...], Transform | None, tuple[Transform, ...]]:
+        """(head, factor, tail)."""
+        links = _links(self.tx)
+        cut = next((i for i in range(len(links), 0, -1) if not isinstance(links[i - 1].form, Elementwise)), 0)
+        scaled = cut > 0 and isinstance(links[cut - 1].form, Scaling)
+        return links[: cut - scaled], links[cut - 1] if scaled else None, links[cut:]
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """The tail on one leaf."""
+        return _kernel(tuple(link.form for link in self.parts[2]))
+
+    @cached_property
+    def compiled(self) -> Kernel:
+        """The same, compiled."""
+        return torch.compile(self.kernel, fullgraph=True)
+
+    def __call__(
+        self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
+        donate: bool = False, compile: bool = True,
+    ) -> tuple[Tree, Tree]:
+        """New params and state. Errors: ValueError for compile or donate under a torch.func transform."""
+        if not (compile or donate):
+            updates, new = self.tx.update(grads, state, params, over=over)
+            return keep(ok, (apply_updates(params, updates), new), (params, state))
+        if not plain():
+            raise ValueError("a compiled or donating optimizer step cannot run under vmap or grad: "
+                             "pass compile=False, donate=False")
+        with torch.no_grad():
+            return self._in_one_pass(grads, state, params, over, ok, donate, self.compiled if compile else self.kernel)
+
+    def _in_one_pass(
+        self, u: Tree, state: Tree, params: Tree, over: Over, ok: Tensor | None, donate: bool, kernel: Kernel
+    ) -> tuple[Tree, Tree]:
+        head, factor, tail = self.parts
+        states = list(state) if isinstance(self.tx.form, tuple) else [state]
+        for i, link in enumerate(head):
+            u, new = link.update(u, states[i], params, over=over)
+            states[i] = keep(ok, new, states[i])
+        leaves, spec = tree.flatten(params)
+        if not leaves:
+            return params, state
+        start = len(states) - len(tail)
+        forms, old = [link.form for link in tail], states[start:]
+        slots = [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.slots]
+
+        one = leaves[0].new_ones((), dtype=torch.float64)
+        numbers = [factor.form.factor(u, over) if factor else one, one if ok is None else ok]
+        numbers += [n for f, s in zip(forms, old, strict=True) if f.numbers for n in f.numbers(s["count"]).values()]
+        own = zip(*[f.each(params) for f in forms if f.each], strict=True) if any(f.each for f in forms) else None
+        vectors: dict[Any, Tensor] = {}
+        results = []
+        for i, (p, g) in enumerate(zip(leaves, tree.leaves(u), strict=True)):
+            each = next(own) if own else ()
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            if (each, dtype) not in vectors:  # few: with and without decay
+                vector = torch.stack([n.double() for n in numbers] + [one * e for e in each])
+                vectors[each, dtype] = vector.to(dtype)
+            results.append(_on_leaf(kernel, self.kernel, donate, g, vectors[each, dtype], (p, *(s[i] for s in slots))))
+
+        new_slots = iter(range(1, len(slots) + 1))
+        for i, (f, s) in enumerate(zip(forms, old, strict=True)):
+            count = {"count": s["count"] + (1 if ok is None else ok.long())} if f.numbers else {}
+            states[start + i] = count | {name: spec.unflatten([r[k] for r in results])
+                                         for name, k in zip(f.slots, new_slots, strict=False)}
+        new_state = tuple(states) if isinstance(self.tx.form, tuple) else states[0]
+        return spec.unflatten([r[0] for r in results]), new_state
+
+
+def fuse(tx: Transform) -> FusedStep:
+    """tx.update, apply_updates and the skip of a step that is not ok, as one function; compiled when first called."""
+    return FusedStep(tx)
+
+
+def keep(ok: Tensor | None, new: Tree, old: Tree) -> Tree:
+    """new where ok, else old, leaf by leaf; new if ok is None."""
+    return new if ok is None else tree.map(lambda a, b: torch.where(ok, a, b), new, old)
+
+
+def _links(tx: Transform) -> tuple[Transform, ...]:
+    return tx.form if isinstance(tx.form, tuple) else (tx,)
+
+
+def _kernel(forms: tuple[Elementwise, ...]) -> Kernel:
+    """The composition of formulas on one leaf: (donate, g, vector, p, *slots) -> (new p, *new slots).
+
+    vector: [factor, ok, each form's numbers, each form's own number of the leaf], see _in_one_pass.
+    """
+    zero = torch.zeros((), dtype=torch.int64)
+    names = [tuple(f.numbers(zero)) if f.numbers else () for f in forms]
+    first_own = 2 + sum(map(len, names))
+
+    def kernel(donate: bool, g: Tensor, vector: Tensor, p: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
+        u, ok, new = g.to(p.dtype) * vector[0], vector[1] > 0, []
+        number, own, slot = 2, first_own, 0
+        for f, mine in zip(forms, names, strict=True):
+            s = {name: vector[number + j] for j, name in enumerate(mine)}
+            if f.each:
+                s["each"] = vector[own]
+                own += 1
+            held = dict(zip(f.slots, slots[slot : slot + len(f.slots)], strict=True))
+            u, made = f.leaf(u, p, held, s)
+            new += [made[name] for name in f.slots]
+            number, slot = number + len(mine), slot + len(f.slots)
+        old = (p, *slots)
+        chosen = [torch.where(ok, a, b) for a, b in zip((p + u, *new), old, strict=True)]
+        if not donate:
+            return tuple(chosen)
+        for b, a in zip(old, chosen, strict=True):
+            b.copy_(a)
+        return ()
+
+    # A code object of its own: torch.compile keeps its compilations, and its limit on them, by code object.
+    return types.FunctionType(kernel.__code__.replace(), kernel.__globals__, "kernel", None, kernel.__closure__)
+
+
+def _on_leaf(
+    kernel: Kernel, eager: Kernel, donate: bool, g: Tensor, vector: Tensor, old: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The kernel on (p, *slots) of one leaf: its rows, and eagerly what is left over or does not lie flat in memory."""
+    p, rows = old[0], old[0].numel() // ROW
+    if rows < 2 or not all(t.is_contiguous() for t in old):  # one row would be a compilation of its own
+        return eager(donate, g, vector, *old) or old
+    if kernel is not eager and rows * ROW == p.numel():
+        made = kernel(donate, *_marked(g.reshape(rows, ROW)), vector, *_marked(*(t.view(rows, ROW) for t in old)))
+        return tuple(t.view(p.shape) for t in made) or old
+    g, *flat = (t.reshape(-1) for t in (g, *old))
+    if kernel is eager:
+        step = PIECE if donate and p.device.type == "cpu" else p.numel()
+        parts = [kernel(donate, pieces[0], vector, *pieces[1:])
+                 for pieces in zip(*(t.split(step) for t in (g, *flat)), strict=True)]
+    else:
+        n = rows * ROW
+        u, *whole = _marked(*(t[:n].view(rows, ROW) for t in (g, *flat)))
+        parts = [kernel(donate, u, vector, *whole), eager(donate, g[n:], vector, *(t[n:] for t in flat))]
+    if donate:
+        return old
+    return tuple(torch.cat([t.view(-1) for t in part]).view(p.shape) for part in zip(*parts, strict=True))
+
+
+def _marked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows, of whose number the compiled kernel is to know nothing."""
+    for t in tensors:
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+    return tensors

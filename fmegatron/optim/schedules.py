@@ -1,0 +1,102 @@
+"""Schedules: pure functions from the count of updates before this one to a 0-D fp64 tensor, with Megatron-LM's formulas.
+
+    rate(t) = init + (peak - init) t / warmup                for t <= warmup
+              min + c(r) (peak - min),  r = (t - warmup) / (steps - warmup)
+              min                                            for t > steps
+
+No branch depends on a value, so a schedule can be mapped (over peaks, over ranks) and its step never recompiles. peak may
+be a 0-D tensor. Count 0 is the first update, as in optax and in transformers: with a warmup from 0 it changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Schedule = Callable[[Tensor], Tensor]
+SHAPES = ("linear", "cosine", "exponential", "minus_sqrt")
+
+
+def constant(peak: float | Tensor, *, warmup: int = 0, init: float = 0.0) -> Schedule:
+    """peak, after the warmup."""
+    return _warmed(peak, warmup, init, lambda t: torch.zeros_like(t) + peak)
+
+
+def linear(
+    peak: float | Tensor, *, warmup: int = 0, steps: int, min: float | Tensor = 0.0, init: float = 0.0
+) -> Schedule:
+    """A straight line from peak to min: c = 1 - r."""
+    return _decayed(peak, warmup, steps, min, init, lambda r: 1 - r)
+
+
+def cosine(
+    peak: float | Tensor, *, warmup: int = 0, steps: int, min: float | Tensor = 0.0, init: float = 0.0
+) -> Schedule:
+    """Half a cosine from peak to min: c = (1 + cos(pi r)) / 2."""
+    return _decayed(peak, warmup, steps, min, init, lambda r: 0.5 * (torch.cos(math.pi * r) + 1))
+
+
+def inverse_sqrt(
+    peak: float | Tensor, *, warmup: int = 0, steps: int | None = None, min: float | Tensor = 0.0, init: float = 0.0
+) -> Schedule:
+    """max(min, peak sqrt(warmup / t)), both counted as at least 1; min after `steps`, if given."""
+
+    def after(t: Tensor) -> Tensor:
+        floor = torch.zeros_like(t) + min
+        rate = torch.maximum(floor, peak * (max(warmup, 1) / t.clamp(min=1)).sqrt())
+        return rate if steps is None else torch.where(t > steps, floor, rate)
+
+    return _warmed(peak, warmup, init, after)
+
+
+def wsd(
+    peak: float | Tensor, *, warmup: int = 0, steps: int, decay: int, shape: str = "linear",
+    min: float | Tensor = 0.0, init: float = 0.0,
+) -> Schedule:
+    """Warmup, stable, decay: peak until the last `decay` of `steps`, then with q from 0 to 1 by shape:
+    linear 1 - q, cosine (1 + cos(pi q)) / 2, exponential 2 * 0.5**q - 1, minus_sqrt 1 - sqrt(q)."""
+    if shape not in SHAPES:
+        raise ValueError(f"wsd shape {shape!r}: must be one of {', '.join(SHAPES)}")
+    if not 0 < decay <= steps - warmup:
+        raise ValueError(f"wsd decay of {decay} steps: must be between 1 and steps - warmup = {steps - warmup}")
+
+    def c(r: Tensor) -> Tensor:
+        q = ((r * (steps - warmup) - (steps - warmup - decay)) / decay).clamp(min=0)
+        return {"linear": lambda: 1 - q, "cosine": lambda: 0.5 * (torch.cos(math.pi * q) + 1),
+                "exponential": lambda: 2 * torch.pow(0.5, q) - 1, "minus_sqrt": lambda: 1 - q.sqrt()}[shape]()
+
+    return _decayed(peak, warmup, steps, min, init, c)
+
+
+def schedule(value: float | Tensor | Schedule) -> Schedule:
+    """A schedule from a schedule, a number or a 0-D tensor."""
+    return value if callable(value) else constant(value)
+
+
+def _decayed(
+    peak: float | Tensor, warmup: int, steps: int, min: float | Tensor, init: float, c: Callable[[Tensor], Tensor]
+) -> Schedule:
+    """min + c(r) (peak - min) after the warmup, min after `steps`."""
+    if warmup > steps:
+        raise ValueError(f"a warmup of {warmup} steps does not fit into {steps} steps")
+
+    def after(t: Tensor) -> Tensor:
+        r = ((t - warmup) / max(steps - warmup, 1)).clamp(0, 1)
+        return torch.where(t > steps, torch.zeros_like(t) + min, min + c(r) * (peak - min))
+
+    return _warmed(peak, warmup, init, after)
+
+
+def _warmed(peak: float | Tensor, warmup: int, init: float, after: Callable[[Tensor], Tensor]) -> Schedule:
+    """The line from init to peak until `warmup`, then `after`."""
+    if warmup < 0:
+        raise ValueError(f"a warmup of {warmup} steps: must be at least 0")
+
+    def rate(count: Tensor) -> Tensor:
+        t = count.double()
+        return torch.where(t <= warmup, init + (peak - init) * (t / warmup), after(t)) if warmup else after(t)
+
+    return rate
