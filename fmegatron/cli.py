@@ -44,8 +44,9 @@ def train(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """CONFIG.toml|quickstart: train, or go on with the run in --run.dir"""
     (name,) = _exactly(words, "CONFIG.toml|quickstart")
     run = config.load(name, table)
+    from fmegatron.inference import text
     from fmegatron.train import loop
-    loop.run(run)
+    loop.run(run, sample=text.sample)
 
 
 def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
@@ -75,8 +76,8 @@ def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """CHECKPOINT|HF_FOLDER PROMPT: continue a text"""
     options = toml.update(Generate(), table, "command line")
     source, prompt = _exactly(words, "CHECKPOINT|HF_FOLDER", "PROMPT")
-    from fmegatron.inference import generate
-    generate.main(source, prompt, **{f.name: getattr(options, f.name) for f in fields(options)})
+    from fmegatron.inference import text
+    text.main(source, prompt, **{f.name: getattr(options, f.name) for f in fields(options)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

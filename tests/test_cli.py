@@ -18,8 +18,9 @@ def calls(monkeypatch):
     """The library functions behind the commands, replaced by one that records what it is given."""
     seen = []
     for module, name in {"fmegatron.train.loop": "run", "fmegatron.train.explain": "main",
-                         "fmegatron.inference.generate": "main"}.items():
+                         "fmegatron.inference.text": "main"}.items():
         fake = ModuleType(module)
+        fake.sample = "sampler"
         setattr(fake, name, lambda *args, _name=module, **kwargs: seen.append((_name, args, kwargs)))
         parent, _, child = module.rpartition(".")
         monkeypatch.setitem(sys.modules, module, fake)
@@ -31,7 +32,7 @@ def test_train_hands_over_one_configuration(calls):
     words = "train quickstart --run.dir D --training.steps 3 --training.compile false --mesh.tp 2 --mesh.virtual true"
     assert cli.main(words.split()) == 0
     ((name, (run,), kwargs),) = calls
-    assert (name, kwargs) == ("fmegatron.train.loop", {})
+    assert (name, kwargs) == ("fmegatron.train.loop", {"sample": "sampler"})
     assert isinstance(run, RunConfig)
     assert (run.run.dir, run.training.steps, run.training.compile) == ("D", 3, False)
     assert (run.mesh.tp, run.mesh.virtual) == (2, True)

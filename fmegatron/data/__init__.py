@@ -1,9 +1,10 @@
 """Data: from text to batches. A batch is a pure function of (seed, consumed samples, split)."""
 
-from fmegatron.data.batches import Batch, batch_at, batches, held_out_batches, rows_at
+from fmegatron.data.batches import Batch, batch_at, held_out_batches, rows_at
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.corpus import Corpus, quickstart
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from fmegatron.data.place import batches
 from fmegatron.data.prepare import Counts, tokenize, write_documents
 from fmegatron.data.samples import HeldOut, Samples
 from fmegatron.data.text import Document, documents, stdlib_documents

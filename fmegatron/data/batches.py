@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fmegatron.data.prefetch import prefetch
-from fmegatron.data.samples import HeldOut, Row, Samples
+from fmegatron.data.samples import HeldOut, Row
 
 Batch = dict[str, Tensor]
 Batches = Generator[Batch, None, None]  # close() ends its thread, as does dropping it
@@ -43,7 +43,7 @@ def batch_at(samples: Rows, consumed: int, global_batch: int) -> Batch:
 
 
 def batches(
-    samples: Samples,
+    samples: Rows,
     global_batch: int,
     consumed: int = 0,
     *,

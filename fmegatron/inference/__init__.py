@@ -1,0 +1,5 @@
+"""Text from trained models: tokens one after the other, with what attention has seen kept."""
+
+from fmegatron.inference.decode import generate, stream
+
+__all__ = ["generate", "stream"]

@@ -1,0 +1,12 @@
+"""Training: a state, a step, and the loop around them.
+
+    state = init(model, tx, sh, key=0)
+    step = make_step(model, tx, sh)
+    state, metrics = step(state, batch)
+"""
+
+from fmegatron.train.evaluate import make_evaluate
+from fmegatron.train.state import TrainState, init
+from fmegatron.train.step import make_step, value_and_grad
+
+__all__ = ["TrainState", "init", "make_evaluate", "make_step", "value_and_grad"]

@@ -1,0 +1,78 @@
+"""Batches on a mesh: each process reads its own rows and keeps its own part of the sequence, by the names of the dims.
+
+for batch in batches(corpus, sh, seq=1024, global_batch=32, seed=0):
+    state, metrics = step(state, batch)
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fmegatron.data.batches import Batches, Place
+from fmegatron.data.batches import batches as rows_of
+from fmegatron.data.corpus import Corpus
+from fmegatron.sharding import Sharding, shard
+
+
+def batches(
+    corpus: Corpus,
+    sh: Sharding,
+    *,
+    seq: int,
+    global_batch: int,
+    seed: int = 0,
+    consumed: int = 0,
+    reset_positions: bool = False,
+    ahead: int = 2,
+) -> Batches:
+    """Training batches of a corpus without end, as `sh` places them, starting after `consumed` samples.
+
+    tokens, labels, positions, documents int64 and weights float32 [batch, seq], sample int64 [batch]: this process's shards,
+    or with a leading dim of ranks where it holds all. Which samples a step sees does not depend on the mesh.
+    """
+    samples = corpus.samples(seq, seed, reset_positions=reset_positions)
+    return rows_of(samples, global_batch, consumed, place=placer(sh), rows=own_rows(sh, global_batch), ahead=ahead)
+
+
+def shards_of(sh: Sharding) -> int:
+    """The number of parts that a batch is cut in."""
+    return math.prod(sh.mesh[axis].size for axis in sh.placement("batch seq").of("batch"))
+
+
+def own_rows(sh: Sharding, global_batch: int) -> range:
+    """Rows of a global batch that this process reads. Raises ValueError where the batch does not divide."""
+    shards = shards_of(sh)
+    if global_batch % shards:
+        legal = [n for n in (global_batch // shards * shards, -(-global_batch // shards) * shards) if n]
+        raise ValueError(
+            f"a global batch of {global_batch} samples does not divide over {shards} data-parallel ranks: "
+            f"use {' or '.join(map(str, legal))}"
+        )
+    if sh.mesh.rank is None:
+        return range(global_batch)
+    here, index, share = sh.mesh.coordinates(sh.mesh.rank), 0, global_batch // shards
+    for axis in sh.placement("batch seq").of("batch"):
+        index = index * sh.mesh[axis].size + here[axis]
+    return range(index * share, (index + 1) * share)
+
+
+def placer(sh: Sharding) -> Place:
+    """What takes the rows of `own_rows` to where they belong."""
+
+    def place(key: str, x: Tensor, names: str) -> Tensor:
+        if sh.mesh.stacked:
+            return shard(sh, x, names, leaf=key)
+        if sh.mesh.rank is not None:
+            here, where = sh.mesh.coordinates(sh.mesh.rank), sh.placement(names)
+            for dim, (name, axes) in enumerate(zip(where.names, where.axes, strict=True)):
+                for axis in axes if name != "batch" else ():
+                    if x.shape[dim] % sh.mesh[axis].size:
+                        raise ValueError(
+                            f"{name} of {x.shape[dim]} does not divide over mesh axis {axis!r} of {sh.mesh[axis].size}"
+                        )
+                    x = x.unflatten(dim, (sh.mesh[axis].size, -1)).select(dim, here[axis])
+        return x.contiguous().to(sh.mesh.device, non_blocking=True)
+
+    return place

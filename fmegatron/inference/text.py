@@ -1,0 +1,89 @@
+"""Text in, text out, from what lies on disk: a run's folder, a checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmegatron import config, models, toml
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.data import tokenizers
+from fmegatron.inference.decode import stream
+from fmegatron.models import Config, Model
+from fmegatron.nn.rope import Llama3Scaling
+from fmegatron.sharding import SINGLE
+from fmegatron.train import checkpoint, saving
+from fmegatron.tree import Tree
+
+
+def main(source: str, prompt: str, *, tokens: int, **settings: Any) -> None:
+    """Print a prompt and its continuation, as it comes."""
+    model, params, codec = load(source)
+    shown = ""
+    for text in continuations(model, params, codec, prompt, tokens, **settings):
+        ready = text[: -1 if text.endswith("\ufffd") else None]  # half of a character waits for its other half
+        print(ready.removeprefix(shown) if ready.startswith(shown) else "", end="", flush=True)
+        shown = ready if ready.startswith(shown) else shown
+    print()
+
+
+def sample(path: str | Path, prompt: str, tokens: int = 160, **settings: Any) -> str:
+    """A prompt with its continuation."""
+    model, params, codec = load(path)
+    *_, text = continuations(model, params, codec, prompt, tokens, **({"temperature": 0.7, "seed": 0} | settings))
+    return text
+
+
+def continuations(model: Model, params: Tree, codec: tokenizers.Tokenizer, prompt: str, tokens: int, **settings: Any) -> Any:
+    """The text after each token, the prompt first; ends at the end of a document."""
+    end = _eod(codec)
+    ids = codec.encode(prompt) or ([] if end is None else [end])
+    if not ids:
+        raise ConfigError("the prompt is empty, and this tokenizer has no end-of-document token to start from")
+    yield codec.decode(ids)
+    for token in stream(model, params, torch.tensor([ids]), tokens, **settings):
+        if int(token) == end:
+            return
+        ids.append(int(token))
+        yield codec.decode(ids)
+
+
+def load(source: str | Path) -> tuple[Model, Tree, tokenizers.Tokenizer]:
+    """Model, parameters on one device, and tokenizer."""
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"{source}: no such folder; expected a run's folder, a checkpoint, or a Hugging Face folder")
+    if (path / "config.json").is_file():
+        return *models.from_hf(path), tokenizers.load(path)
+    found = checkpoint.find(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    meta = checkpoint.read_meta(found)
+    model = model_of(meta)
+    beside = found.parent.parent / "tokenizer.json"
+    where = beside if beside.is_file() else meta.get("tokenizer")
+    if where is None:
+        raise ConfigError(f"{found}: no tokenizer is known: put its tokenizer.json into {found.parent.parent}")
+    return model, saving.load_params(found, model, SINGLE), tokenizers.load(where)
+
+
+def model_of(meta: dict[str, Any]) -> Model:
+    """The model of a checkpoint's meta."""
+    plain = meta.get("model")
+    if plain is not None:
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        if fields.get("rope_scaling"):
+            fields["rope_scaling"] = Llama3Scaling(**fields["rope_scaling"])
+        return models.gpt(Config(**fields))
+    run = toml.update(RunConfig(), toml.loads(meta["config"]), "the checkpoint's configuration")
+    if run.model.function is None:
+        raise ConfigError("the checkpoint does not say its model")
+    made: Model = config.imported(run.model.function)(**run.model.overrides)
+    return made
+
+
+def _eod(codec: tokenizers.Tokenizer) -> int | None:
+    try:
+        return codec.eod
+    except ValueError:
+        return None

@@ -1,0 +1,77 @@
+"""Held-out loss: the chain of the train step, forward only, on the same mesh; each token counts once.
+
+loss = sum of nats / sum of weights         bits per byte = sum of nats / ln 2 / bytes of text
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models.model import Model, Node, Values
+from fmegatron.sharding import Sharding, spmd
+from fmegatron.train.leaves import plan_leaves
+from fmegatron.train.step import sum_together
+from fmegatron.train.weights import Weights
+from fmegatron.transforms import inside_transform
+from fmegatron.tree import Tree
+
+Batch = Mapping[str, Tensor]
+Sums = dict[str, Tensor]
+
+
+def make_evaluate(model: Model, sh: Sharding, *, dtype: torch.dtype | None = None, prefetch: int = 1) -> Callable[..., Sums]:
+    """`evaluate(params, batch) -> {"TERM.sum", "TERM.count"}` over all ranks, without dropout, on local shards."""
+    sh = sh.bind(model.sizes)
+    leaves = plan_leaves(model, sh)
+
+    def on_rank(here: Sharding, params: Tree, batch: Batch) -> Sums:
+        weights = Weights(here, leaves, tree.to_paths(params), dtype, prefetch, free=not inside_transform())
+        weights.plan(model.chain)
+        values = model.inputs(here, batch)
+        counts = model.counts_of(here, values)
+        for node in model.chain:
+            own = weights.take(node)
+            reads = {name: values[name] for name in node.reads if name in values}
+            values = {**values, **(_in_parts(node, here, own, reads) if node.chunks else node.fn(here, own, reads, None))}
+            weights.leave(node, own)
+        sums = {f"{term}.sum": values[f"loss.{term}"] for term in counts}
+        return sum_together(here, {**sums, **{f"{term}.count": n for term, n in counts.items()}})
+
+    run = spmd(sh, on_rank)
+
+    def evaluate(params: Tree, batch: Batch) -> Sums:
+        with torch.no_grad():
+            return run(params, dict(batch))
+
+    return evaluate
+
+
+def _in_parts(node: Node, sh: Sharding, own: Tree, reads: Values) -> Values:
+    """A loss node part by part along dim 1, so that one part's logits are alive."""
+    length = next(iter(reads.values())).shape[1]
+    parts = max(n for n in range(1, node.chunks + 1) if length % n == 0)
+    total: Values = {}
+    for i in range(parts):
+        size = length // parts
+        out = node.fn(sh, own, {name: x.narrow(1, i * size, size) for name, x in reads.items()}, None)
+        total = {name: x + total[name] if name in total else x for name, x in out.items()}
+    return total
+
+
+def held_out(evaluate: Callable[..., Sums], params: Tree, batches: Iterable[Batch], size: int | None) -> dict[str, float]:
+    """{"heldout_loss": nats a token, "bits_per_byte"} of all batches; size: bytes of their text, None where unknown."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, x in evaluate(params, batch).items():
+            sums[name] = sums.get(name, 0.0) + float(x.flatten()[0])
+    terms = [name.removesuffix(".sum") for name in sums if name.endswith(".sum")]
+    term = "ce" if "ce" in terms else terms[0]
+    out = {"heldout_loss": sums[f"{term}.sum"] / max(sums[f"{term}.count"], 1.0)}
+    if size and term == "ce":
+        out["bits_per_byte"] = sums["ce.sum"] / math.log(2) / size
+    return out

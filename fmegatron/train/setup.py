@@ -1,0 +1,265 @@
+"""From a run's configuration to the values that train: mesh, rules, model, text, optimizer. Each part is one function.
+
+Every mistake in a configuration that only shows here (a rule that does not divide, a file that is not there) is a
+ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmegatron import config as configs
+from fmegatron import data, models, optim
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.models import Model
+from fmegatron.models.model import Node, Values
+from fmegatron.nn import losses, param
+from fmegatron.optim import Transform
+from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
+from fmegatron.train.flops import train_step_flops
+from fmegatron.transforms import why_not_compile
+from fmegatron.tree import Tree
+
+Say = Callable[[str], None]
+Schedule = Callable[[Tensor], Tensor]
+
+
+# -- mesh and rules -------------------------------------------------------------------------------------------------
+def mesh_of(c: configs.Mesh) -> Mesh:
+    """The mesh of a run: under torchrun over its processes, else one device; or virtual."""
+    sizes: dict[str, Any] = {axis: size for axis, size in c.sizes.items() if size != 1}
+    if not c.virtual:
+        return make_mesh(**sizes)
+    if -1 in sizes.values():
+        raise ConfigError("mesh.dp = -1: a mesh.virtual has as many ranks as you say, give a number")
+    return (thread_mesh if c.threads else virtual_mesh)(**(sizes or {"dp": 1}))
+
+
+@contextmanager
+def running(c: configs.Mesh) -> Iterator[Mesh]:
+    """The run's mesh; a process group that this starts is ended too."""
+    before = dist.is_initialized()
+    mesh = mesh_of(c)
+    try:
+        yield mesh
+    finally:
+        if dist.is_initialized() and not before:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only kernels that give the same bits again, for as long as the run lasts."""
+    old = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(old)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def rules_of(c: configs.Sharding) -> Rules:
+    """The rules of a run, by name or written out."""
+    if isinstance(c.rules, str):
+        if c.rules not in RULES:
+            raise ConfigError(f"sharding.rules = {c.rules}: no such rules, known are {', '.join(RULES)}")
+        rules = RULES[c.rules]
+    else:
+        lists = {"compute", "storage", "optimizer", "decode", "reduce"}
+        if unknown := sorted(c.rules.keys() - lists):
+            raise ConfigError(f"sharding.rules has no list {unknown[0]}, they are {', '.join(sorted(lists))}")
+        rules = Rules(**c.rules)
+    return rules if c.reduce is None else replace(rules, reduce=c.reduce)
+
+
+def on_first(mesh: Mesh, fn: Callable[[], Any]) -> Any:
+    """`fn()`, on the first process before the others: they find on disk what it made."""
+    if mesh.rank is None:
+        return fn()
+    if mesh.rank == 0:
+        made = fn()
+        dist.barrier()
+        return made
+    dist.barrier()
+    return fn()
+
+
+# -- text -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """Training rows, and what is known of them: held-out text, the tokenizer, what compressors make of the held-out text."""
+
+    rows: Any  # data.batches.Rows
+    corpus: data.Corpus | None = None
+    compressors: Mapping[str, float] = field(default_factory=dict)
+
+    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | None:
+        """Held-out rows in batches, `limit` rows at most; None where there is no such text."""
+        if self.corpus is None or self.corpus.valid is None:
+            return None
+        return self.corpus.held_out(c.data.seq, batch, limit=limit, reset_positions=c.data.reset_positions)
+
+
+def source_of(c: RunConfig, say: Say) -> Source:
+    """The text of a run, tokenized first where it is the standard library."""
+    d = c.data
+    if d.source == "stdlib":
+        corpus = data.quickstart(d.cache or c.run.folder.parent / "cache", d.vocab_size, say)
+    elif ":" in d.source and not Path(f"{d.source}.idx").exists():
+        made = configs.imported(d.source)(**d.arguments)
+        if not isinstance(made, data.Corpus):
+            if not hasattr(made, "row"):
+                raise ConfigError(f"data.source = {d.source}: returned {type(made).__name__}, not a Corpus nor rows")
+            return Source(made)
+        corpus = made
+    else:
+        for suffix in (".bin", ".idx"):
+            if not Path(d.source + suffix).is_file():
+                raise ConfigError(f"data.source = {d.source}: no file {d.source}{suffix} (fmegatron tokenize writes them)")
+        tokenizer = d.tokenizer or c.model.hf
+        if tokenizer is None:
+            raise ConfigError("data.tokenizer: name the tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
+        corpus = data.Corpus(d.source, tokenizer, d.valid)
+    rows = corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions)
+    return Source(rows, corpus, {f"{name} -9": bits for name, bits in corpus.bits_per_byte.items()})
+
+
+# -- model ----------------------------------------------------------------------------------------------------------
+def model_of(c: RunConfig, source: Source, sh: Sharding) -> tuple[Model, Tree]:
+    """The model, and parameters to start from (None: drawn from the seed)."""
+    params = None
+    vocab = source.corpus.vocab_size if source.corpus is not None else None
+    if c.model.hf:
+        if c.model.overrides:
+            raise ConfigError("model.overrides: a model.hf is what its folder says, drop one of the two")
+        model, params = models.from_hf(c.model.hf, sh)
+    elif c.model.function:
+        model = configs.imported(c.model.function)(**c.model.overrides)
+        if not isinstance(model, Model):
+            raise ConfigError(f"model.function = {c.model.function}: returned {type(model).__name__}, not a Model")
+    else:
+        sizes = {"vocab": vocab} if c.data.source == "stdlib" else {}
+        model = models.preset(c.model.preset, **(sizes | c.model.overrides))
+    known = model.sizes.get("vocab")
+    if vocab is not None and known is not None and vocab > (size := known if isinstance(known, int) else known.n):
+        raise ConfigError(f"the tokenizer has {vocab} tokens and the model {size}: set model.overrides.vocab = {vocab}")
+    if getattr(model.config, "positions", "") == "learned" and c.data.seq > model.config.context:
+        raise ConfigError(f"data.seq = {c.data.seq}: the model has {model.config.context} learned positions")
+    return (with_loss(model, c.model.loss) if c.model.loss else model), params
+
+
+def with_loss(model: Model, target: str) -> Model:
+    """The model with `target` in place of its own loss: fn(sh, logits, labels, weights) -> this rank's part of the sum.
+
+    logits [batch, loss_seq, vocab], labels and weights [batch, loss_seq] are local; the term is the mean over weights.
+    """
+    if model.output is None or model.config is None:
+        raise ConfigError(f"model.loss = {target}: this model has no logits; put the loss in its chain")
+    fn, head = configs.imported(target), model.config.head
+
+    def node(sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+        logits = losses.logits(sh, head, v["out"], p["table"])
+        return {"loss.custom": fn(sh, logits, v["out.labels"], v["out.weights"])}
+
+    def counts(sh: Sharding, values: Values) -> dict[str, Tensor]:
+        return {"custom": sh.total(values["weights"], "batch seq")}
+
+    def swap(old: Node) -> Node:
+        own = any(name.startswith("loss.") for name in old.writes)
+        return replace(old, fn=node, writes=("loss.custom",)) if own else old
+
+    return replace(model, chain=tuple(swap(old) for old in model.chain), counts_of=counts)
+
+
+def flops_of(model: Model, seq: int, batch: int) -> float:
+    """Model FLOPs of a step; of a model without a config that says its sizes, 6 a parameter and token."""
+    c = model.config
+    if not isinstance(c, models.Config):
+        return 6.0 * model.count() * seq * batch
+    gated = c.block_mlp.gated if hasattr(c.block_mlp, "gated") else "glu" in c.activation
+    sizes = {"layers": c.layers, "embed": c.embed, "heads": c.heads, "kv": c.kv or c.heads, "hd": c.head_dim, "mlp": c.mlp}
+    return train_step_flops(**sizes, gated=gated, vocab=c.vocab, seq=seq, batch=batch)
+
+
+# -- optimizer ------------------------------------------------------------------------------------------------------
+def schedule_of(c: RunConfig) -> Schedule:
+    """The learning rate by number of applied updates. A run too short for warmup and decay sees their beginning."""
+    o, steps = c.optimizer, c.training.steps
+    shape: dict[str, Any] = {"warmup": o.warmup, "min": o.min_lr}
+    if o.schedule == "constant":
+        return optim.constant(o.lr, warmup=o.warmup)
+    if o.schedule == "inverse_sqrt":
+        return optim.inverse_sqrt(o.lr, **shape)
+    if o.schedule == "wsd":
+        decay = max(steps - o.warmup, 1) if o.decay_steps is None else max(o.decay_steps, 1)
+        return optim.wsd(o.lr, steps=max(steps, o.warmup + decay), decay=decay, shape=o.decay_shape, **shape)
+    end = max(steps, o.warmup) if o.decay_steps is None else o.warmup + o.decay_steps
+    return {"linear": optim.linear, "cosine": optim.cosine}[o.schedule](o.lr, steps=end, **shape)
+
+
+def optimizer_of(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
+    """The rule of the update: clipping, then the optimizer."""
+    o = c.optimizer
+    mask = param.decay_mask(model.declare)
+    builders: dict[str, Callable[..., Transform]] = {
+        "adamw": partial(optim.adamw, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, mask=mask),
+        "sgd": partial(optim.sgd, momentum=o.momentum),
+    }
+    if o.name not in builders and ":" not in o.name:
+        raise ConfigError(f"optimizer.name = {o.name}: known are {', '.join(builders)}, or your.module:function")
+    build = builders[o.name] if o.name in builders else configs.imported(o.name)
+    try:
+        tx = build(schedule, **o.arguments)
+    except TypeError as error:
+        raise ConfigError(f"optimizer.arguments: {error}") from None
+    clip = c.training.clip_norm
+    return tx if clip is None else optim.chain(optim.clip_by_global_norm(clip), tx)
+
+
+# -- how it runs ----------------------------------------------------------------------------------------------------
+def compiles(c: RunConfig, say: Say) -> bool:
+    """Whether blocks are compiled: as the run says, or where mesh and machine allow it."""
+    if c.training.compile is not None or c.mesh.virtual:
+        return bool(c.training.compile)
+    missing = why_not_compile()
+    if missing is not None:
+        say(f"runs eager: {missing}")
+    return missing is None
+
+
+def check_batch(c: RunConfig, shards: int) -> None:
+    """ConfigError where the batch does not divide over ranks and microbatches."""
+    t = c.training
+    if t.global_batch % (shards * t.microbatches):
+        unit = math.lcm(shards * t.microbatches)
+        near = [n for n in (t.global_batch // unit * unit, -(-t.global_batch // unit) * unit) if n]
+        raise ConfigError(
+            f"training.global_batch = {t.global_batch} does not divide over {shards} data-parallel ranks and "
+            f"{t.microbatches} microbatches: use {' or '.join(map(str, near))}"
+        )
+
+
+def dtype_of(c: RunConfig) -> torch.dtype | None:
+    """The dtype of the computation; None is that of the parameters."""
+    return torch.bfloat16 if c.training.dtype == "bf16" else None
+
+
+def tokenizer_file(source: Source) -> str | None:
+    """What `tokenizers.load` takes to read the text again."""
+    return source.corpus.tokenizer if source.corpus is not None else None
