@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -81,10 +83,11 @@ def _encoded(chunks: Iterator[list[Document]], tokenizer: Tokenizer, workers: in
     # Not plain forks, which would copy the locks of this process's threads. Its imports are made once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(workers, _start, (tokenizer,)) as pool:
+    pickled = pickle.dumps(tokenizer)  # once; a worker unpickles it once
+    with context.Pool(workers, _alone) as pool:
         waiting = []
         for chunk in chunks:  # a window of tasks, so that a slow writer does not fill the memory
-            waiting.append(pool.apply_async(_work, (chunk,)))
+            waiting.append(pool.apply_async(_work, (pickled, chunk)))
             if len(waiting) > 2 * workers:
                 yield waiting.pop(0).get()
         for task in waiting:
@@ -104,17 +107,17 @@ def _encode(tokenizer: Tokenizer, chunk: list[Document]) -> Encoded:
     return encoded, sum(len(text.encode()) for _, text in chunk)
 
 
-_tokenizer: Tokenizer  # one for each worker process
-
-
-def _start(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _alone() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 
-def _work(chunk: list[Document]) -> Encoded:
-    return _encode(_tokenizer, chunk)
+@lru_cache(1)
+def _unpickle(pickled: bytes) -> Tokenizer:
+    return pickle.loads(pickled)
+
+
+def _work(pickled: bytes, chunk: list[Document]) -> Encoded:
+    return _encode(_unpickle(pickled), chunk)
 
 
 def _chunks(texts: Iterable[Document]) -> Iterator[list[Document]]:

@@ -73,6 +73,8 @@ class Stream:
 
 
 class Epoch(NamedTuple):
+    """One pass over the data: its text in this epoch's order, and the order in which rows are dealt."""
+
     stream: Stream
     deal: Ints
 
