@@ -1,0 +1,59 @@
+"""What each of the processes runs: `torchrun ranks.py 'RULES AXIS=N... [SETTING=VALUE...]' ...`, a line of JSON per case.
+
+Every rank measures the model on the mesh, and rank 0 compares all of it with one device: parameters, activations, loss,
+gradients, norm. Start-up is paid once for many cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from fmegatron.models.gpt import Config, gpt
+from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh
+from fmegatron.testing import assert_same, measure
+
+
+def batch(rows=8, length=8, vocab=21):
+    """The same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, length)
+    tokens, labels = (torch.randint(0, vocab, shape, generator=generator) for _ in range(2))
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64)
+    documents = (torch.rand(shape, generator=generator) > 0.7).long().cumsum(1)
+    return {"tokens": tokens, "labels": labels, "weights": weights, "documents": documents}
+
+
+def main(cases):
+    """Run the cases in turn; one that fails on this rank is reported, not raised, so that ranks stay together."""
+    torch.set_num_threads(1)
+    expected = {}
+    for case in cases:
+        rules, *words = case.split()
+        given = {k: int(v) if v.isdigit() else v for k, v in (word.split("=") for word in words)}
+        sizes = {k: given.pop(k) for k in ("dp", "fsdp", "cp", "tp") if k in given}
+        layers = given.pop("layers", 2)
+        model = gpt(Config(layers=layers, embed=16, heads=4, kv=2, mlp=12, vocab=21, vocab_pad=8, qk_norm="norm", z_loss=1e-3,
+                           label_smoothing=0.1, loss_chunks=2))  # fmt: skip
+        if layers not in expected:
+            expected[layers] = measure(model, SINGLE, batch())
+        start, wrong = time.perf_counter(), None
+        actual = measure(model, Sharding(make_mesh("cpu", **sizes), RULES[rules]), batch(), expected=expected[layers], **given)
+        try:
+            assert_same(actual, expected[layers], 1e-10)
+        except AssertionError as error:
+            wrong = f"rank {dist.get_rank()}: {error}"
+        reports = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, wrong)
+        if dist.get_rank() == 0:
+            report = {"case": case, "wrong": [r for r in reports if r], "seconds": time.perf_counter() - start}
+            print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

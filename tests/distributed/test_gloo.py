@@ -1,0 +1,69 @@
+"""Four real processes on gloo compute what one device computes: every preset eager, and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmegatron.sharding import RULES
+from fmegatron.transforms import why_not_compile
+
+RANKS = Path(__file__).with_name("ranks.py")
+EAGER = [  # every way to store and every way to compute
+    "ddp dp=4",
+    "fsdp dp=4",
+    "fsdp dp=2 fsdp=2 microbatches=2 remat=full",
+    "hsdp dp=2 fsdp=2",
+    "zero1 dp=4 microbatches=2",
+    "zero2 dp=2 cp=2 microbatches=2",
+    "tp tp=4",
+    "tp_sp tp=4 remat=selective",
+    "tp_sp cp=2 tp=2",
+    "fsdp_tp_sp dp=2 tp=2 microbatches=2 remat=full",
+    "zero1_tp dp=2 tp=2 prefetch=0",
+]
+COMPILED = ["fsdp_tp_sp tp=2 compile=1 layers=1"]  # on two processes: each compiles its own graphs
+MORE = ["fsdp_tp_sp dp=2 tp=2 compile=1 remat=full", "tp tp=4 compile=1", "fsdp dp=4 compile=1 remat=full", "tp_sp cp=2 tp=2 compile=1", "zero2_tp_sp dp=2 tp=2 compile=1"]
+
+
+def torchrun(cases, timeout, processes=4):
+    """Run cases on processes of their own; AssertionError with the output where one of them dies."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(RANKS), *cases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [report["case"] for report in reports] == cases
+    wrong = [f"{report['case']}: {line}" for report in reports for line in report["wrong"]]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_presets_eager():
+    torchrun(EAGER, 300)
+
+
+compiles = pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
+
+
+@compiles
+def test_compiled():
+    torchrun(COMPILED, 300, processes=2)
+
+
+@pytest.mark.long
+@compiles
+@pytest.mark.parametrize("case", MORE)
+def test_more_compiled(case):
+    torchrun([case], 900)
+
+
+@pytest.mark.long
+def test_every_preset_on_three_meshes():
+    meshes = ({"dp": 4}, {"dp": 2, "tp": 2}, {"cp": 2, "tp": 2})
+    words = {" ".join(f"{axis}={n}" for axis, n in sizes.items()): sizes.keys() for sizes in meshes}
+    torchrun([f"{name} {word}" for name, rules in RULES.items() for word, axes in words.items() if axes <= rules.axes], 900)
