@@ -153,7 +153,13 @@ def gpt(c: Config) -> Model:
     ]
     ends = ("out", "out.labels", "out.weights")
     chain = (
-        Node(partial(embed, c), (("", "embed"),), ("tokens", "positions", "order", "documents", "sample"), ("h", *live)),
+        Node(
+            partial(embed, c),
+            (("", "embed"),),
+            ("tokens", "positions", "order", "documents", "sample"),
+            ("h", *live),
+            linear=not c.embed_norm,
+        ),
         *blocks,
         Node(
             partial(final, c),

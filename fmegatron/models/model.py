@@ -39,6 +39,7 @@ class Node:
     reads: values it may read, left out where the batch does not lead to them. writes: values it may write.
     layer: which slice of the stacked subtrees among its parameters.
     index: its number in the whole model; the key it gets is folded with it. key is None without dropout.
+    linear: in its parameters, so that their values are not needed again for its backward (a lookup).
     chunks: n > 0 says that all it reads may be cut along dim 1 into equal parts, and the results of the parts added;
         n is a good number of parts. Of the loss only one part's logits are then alive.
     """
@@ -49,6 +50,7 @@ class Node:
     writes: tuple[str, ...] = ()
     layer: int | None = None
     index: int = 0
+    linear: bool = False
     chunks: int = 0
 
 

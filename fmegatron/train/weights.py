@@ -105,5 +105,5 @@ class Weights:
         return [values[name] for name, leaf in node_leaves(node, self.leaves).items() if leaf.gather]
 
     def frees(self, node: Node) -> bool:
-        """Whether leaving a node gives memory up."""
-        return self.free and any(leaf.gather for leaf in node_leaves(node, self.leaves).values())
+        """Whether a node's backward finds its parameters gone and needs them again."""
+        return self.free and not node.linear and any(leaf.gather for leaf in node_leaves(node, self.leaves).values())
