@@ -139,9 +139,12 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
 
-    settings: those of `plan_step`. donate: the step may reuse the old state's memory, which is then gone.
-    A step whose gradients are not finite changes nothing but `consumed` and `skipped`.
+    settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
+    step that is given them raises ValueError. A step whose gradients are not finite changes nothing but `consumed` and
+    `skipped`.
     """
+    if donate and sh.mesh.kind == "virtual":
+        raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
     plan = plan_step(model, sh, **settings)
     finish = fuse(tx)
 
@@ -151,10 +154,21 @@ def make_step(
     run = spmd(plan.sh, on_rank)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if state.step.numel() == 0:
+            raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
         with torch.no_grad():
-            return run(state, dict(batch))
+            new, metrics = run(state, dict(batch))
+        return (take_over(state, new) if donate else new), metrics
 
     return step
+
+
+def take_over(old: TrainState, new: TrainState) -> TrainState:
+    """`new` as tensors of its own; those of `old`, whose memory it may hold, are emptied."""
+    new = tree.map(Tensor.detach, new)
+    for x in tree.leaves(old):
+        x.set_()
+    return new
 
 
 def step_on_rank(
