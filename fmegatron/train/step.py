@@ -165,10 +165,10 @@ def make_step(
 
 def take_over(old: TrainState, new: TrainState) -> TrainState:
     """`new` as tensors of its own; those of `old`, whose memory it may hold, are emptied."""
-    new = tree.map(Tensor.detach, new)
-    for x in tree.leaves(old):
+    own: TrainState = tree.map(lambda x: x.detach(), new)
+    for x in tree.to_paths(old).values():
         x.set_()
-    return new
+    return own
 
 
 def step_on_rank(
