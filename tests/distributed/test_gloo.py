@@ -28,14 +28,20 @@ EAGER = [  # every way to store and every way to compute
     "zero1_tp dp=2 tp=2 prefetch=0",
 ]
 COMPILED = ["fsdp_tp_sp tp=2 compile=1 layers=1"]  # on two processes: each compiles its own graphs
-MORE = ["fsdp_tp_sp dp=2 tp=2 compile=1 remat=full", "tp tp=4 compile=1", "fsdp dp=4 compile=1 remat=full", "tp_sp cp=2 tp=2 compile=1", "zero2_tp_sp dp=2 tp=2 compile=1"]
+MORE = [
+    "fsdp_tp_sp dp=2 tp=2 compile=1 remat=full",
+    "tp tp=4 compile=1",
+    "fsdp dp=4 compile=1 remat=full",
+    "tp_sp cp=2 tp=2 compile=1",
+    "zero2_tp_sp dp=2 tp=2 compile=1",
+]
 
 
 def torchrun(cases, timeout, processes=4):
     """Run cases on processes of their own; AssertionError with the output where one of them dies."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(RANKS), *cases]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    done = subprocess.run([*launch, str(RANKS), *cases], capture_output=True, text=True, timeout=timeout, env=environment)
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stderr[-4000:]
     assert [report["case"] for report in reports] == cases
