@@ -40,7 +40,7 @@ MORE = [
 def torchrun(cases, timeout, processes=4):
     """Run cases on processes of their own; AssertionError with the output where one of them dies."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, str(RANKS), *cases], capture_output=True, text=True, timeout=timeout, env=environment)
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stderr[-4000:]
