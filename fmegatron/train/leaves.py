@@ -44,12 +44,15 @@ def plan_leaves(model: Model, sh: Sharding) -> dict[str, Leaf]:
     """{path: Leaf} for a model under a sharding bound to its sizes.
 
     A gradient as a block returns it lies as the parameter in use, and is partial on every mesh axis on which that is not
-    placed: the loss is the sum over all ranks. Raises ValueError naming the leaf where a rule does not divide.
+    placed: the loss is the sum over all ranks. Raises ValueError naming the leaf where a rule does not divide, or where
+    stacked layers lie under no number: checkpoints name layers one by one.
     """
     return {path: _plan_leaf(path, param, sh) for path, param in tree.to_paths(model.declare).items()}
 
 
 def _plan_leaf(path: str, param: Param, sh: Sharding) -> Leaf:
+    if param.layers is not None and not any(part.isdigit() for part in path.split(".")):
+        raise ValueError(f"{path} is stacked: put it under the number of its first layer, as in 'layers.0.{path.split('.')[-1]}'")
     sh = sh if param.layers is None else sh.bind({"layers": param.layers})
     compute, storage, optimizer = (sh.placement(param.names, kind, path) for kind in ("compute", "storage", "optimizer"))
     every = frozenset(axis.name for axis in sh.mesh.axes if axis.size > 1)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_it_learns_under_tp_as_on_one_device() -> None:
     tp = train(Sharding(virtual_mesh(dp=2, tp=2), RULES["fsdp_tp_sp"]))
     assert abs(one[0] - 8) < 0.1 and one[-1] < 5  # a byte of eight bits, at first
     assert tp == pytest.approx(one, abs=1e-3)
+
+
+def test_stacked_layers_without_a_number_are_refused_before_training() -> None:
+    model = own.model()
+    flat = replace(model, declare={**model.declare, "layers": model.declare["layers"]["0"]})
+    with pytest.raises(ValueError, match="layers.down is stacked: put it under the number .* 'layers.0.down'"):
+        init(flat, own.lion(0.1), SINGLE)
 
 
 def test_lion_is_its_formula() -> None:
