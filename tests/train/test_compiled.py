@@ -1,0 +1,33 @@
+"""Compiled blocks on one device: fp64 equals eager to 1e-10, and a kind of layer is compiled once at any depth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmegatron.models.gpt import Config, gpt
+from fmegatron.sharding import SINGLE
+from fmegatron.testing import assert_max_traces, assert_trees_all_close
+from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.transforms import why_not_compile
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
+def test_compiled_is_eager_and_traced_once():
+    model = gpt(Config(layers=4, embed=16, heads=4, kv=2, mlp=16, vocab=24))
+    traced = {node.fn: assert_max_traces(node.fn, 4) for node in model.chain}
+    counted = replace(model, chain=tuple(replace(node, fn=traced[node.fn]) for node in model.chain))
+    batch = {"tokens": torch.arange(64).reshape(4, 16) % 23}
+    params = model.init(0, torch.float64)
+    eager, compiled = plan_step(model, SINGLE), plan_step(counted, SINGLE, compile=True, microbatches=2)
+    with torch.no_grad():
+        expected = value_and_grad(eager, SINGLE.bind(model.sizes), params, batch)
+        for _ in range(2):
+            got = value_and_grad(compiled, compiled.sh, params, batch)
+    assert_trees_all_close(got[0], expected[0], 1e-10)
+    assert compiled.compiled is not None and len(compiled.compiled.graphs) == 4  # embed, layer, final, loss
