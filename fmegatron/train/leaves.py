@@ -52,7 +52,7 @@ def plan_leaves(model: Model, sh: Sharding) -> dict[str, Leaf]:
 
 def _plan_leaf(path: str, param: Param, sh: Sharding) -> Leaf:
     if param.layers is not None and not any(part.isdigit() for part in path.split(".")):
-        raise ValueError(f"{path} is stacked: put it under the number of its first layer, like 'layers.0.{path.split('.')[-1]}'")
+        raise ValueError(f"{path} is stacked: put it under its first layer's number, like 'layers.0.{path.split('.')[-1]}'")
     sh = sh if param.layers is None else sh.bind({"layers": param.layers})
     compute, storage, optimizer = (sh.placement(param.names, kind, path) for kind in ("compute", "storage", "optimizer"))
     every = frozenset(axis.name for axis in sh.mesh.axes if axis.size > 1)

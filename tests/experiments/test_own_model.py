@@ -64,7 +64,7 @@ def test_it_learns_under_tp_as_on_one_device() -> None:
 def test_stacked_layers_without_a_number_are_refused_before_training() -> None:
     model = own.model()
     flat = replace(model, declare={**model.declare, "layers": model.declare["layers"]["0"]})
-    with pytest.raises(ValueError, match="layers.down is stacked: put it under the number .* 'layers.0.down'"):
+    with pytest.raises(ValueError, match="layers.down is stacked: put it under its first layer's number, like 'layers.0.down'"):
         init(flat, own.lion(0.1), SINGLE)
 
 
