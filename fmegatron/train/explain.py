@@ -12,7 +12,7 @@ import json as json_module
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,69 +28,15 @@ from fmegatron.models.hf_families import FAMILIES
 from fmegatron.optim import Transform
 from fmegatron.sharding import Placement, Sharding, abstract_mesh, shard, spmd
 from fmegatron.sharding.sharding import NO_LAYOUT
-from fmegatron.sharding.traffic import Event, Row, Traffic, columns, counted, table
+from fmegatron.sharding.traffic import Event, Traffic, counted
 from fmegatron.train import setup
+from fmegatron.train.explanation import Explanation, LeafRow
 from fmegatron.train.leaves import Leaf, to_optimizer
 from fmegatron.train.state import TrainState
 from fmegatron.train.step import Plan, plan_step, step_on_rank
 from fmegatron.train.weights import node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree
-
-
-@dataclass(frozen=True)
-class LeafRow:
-    """One leaf. shape: as the model means it; padded: as it lies. Bytes are one rank's: in use, at rest, optimizer state."""
-
-    path: str
-    names: str
-    shape: tuple[int, ...]
-    padded: tuple[int, ...]
-    compute: str
-    storage: str
-    optimizer: str
-    compute_bytes: int
-    storage_bytes: int
-    optimizer_bytes: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Plain data; `str` prints tables, `json()` the same for programs."""
-
-    mesh: dict[str, int]
-    rules: str
-    batch: tuple[int, int]
-    microbatches: int
-    remat: str
-    parameters: int  # without pads
-    leaves: tuple[LeafRow, ...]
-    collectives: tuple[Row, ...]  # of one step, as one rank sends them
-    per_rank: dict[str, int]  # bytes: parameters, gradients, optimizer, and gathered: the largest block in use, and the next
-
-    def json(self) -> str:
-        """One JSON object, with the fields of this class."""
-        return json_module.dumps(asdict(self), indent=2)
-
-    def __str__(self) -> str:
-        mesh = " x ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
-        head = f"{self.parameters:,} parameters on {mesh} by {self.rules!r}; a step of {self.batch[0]} x {self.batch[1]} tokens"
-        head += f" in {self.microbatches} microbatch(es), remat {self.remat}"
-        same = all(leaf.compute == leaf.storage == leaf.optimizer for leaf in self.leaves)
-        places = ["placement"] if same else ["in use", "at rest", "optimizer"]
-        cells = [["leaf", "shape", *places, "in use B", "at rest B", "optimizer B"]]
-        for leaf in self.leaves:
-            shape = " ".join(f"{n}" if n == m else f"{n}>{m}" for n, m in zip(leaf.shape, leaf.padded, strict=True))
-            at = [leaf.compute] if same else [leaf.compute, leaf.storage, leaf.optimizer]
-            sizes = (leaf.compute_bytes, leaf.storage_bytes, leaf.optimizer_bytes)
-            cells.append([leaf.path, shape, *at, *(f"{n:,}" for n in sizes)])
-        notes = [f"{leaf.path}: {note}" for leaf in self.leaves for note in leaf.notes]
-        totals = ", ".join(f"{name} {n:,}" for name, n in self.per_rank.items())
-        sent = table(self.collectives, self.mesh) if self.collectives else ["no collectives"]
-        blank = [""] if notes else []
-        leaves = columns(cells, len(places) + 2)
-        return "\n".join([head, "", *leaves, "", *notes, *blank, f"bytes a rank: {totals}", "", *sent])
 
 
 def explain(
