@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(words, said, calls, capsys):
     (KeyboardInterrupt(), 130, ""),
 ])
 def test_what_the_library_raises(error, code, said, monkeypatch, capsys, calls):
-    def fail(run):
+    def fail(run, sample):
         raise error
     monkeypatch.setattr(sys.modules["fmegatron.train.loop"], "run", fail)
     assert cli.main(["train", "quickstart"]) == code
