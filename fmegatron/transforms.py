@@ -16,7 +16,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,7 +38,10 @@ Derivative = tuple[Values, frozenset[str], Pullback]
 
 
 class Engine(Protocol):
-    """One way to differentiate a block; `kind` names what is compiled once."""
+    """One way to differentiate a block; `kind` names what is compiled once. light: the engine for blocks that cost little."""
+
+    @property
+    def light(self) -> Engine: ...
 
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative: ...
 
@@ -57,6 +60,11 @@ def compiling() -> bool:
 @dataclass(frozen=True)
 class Func:
     """torch.func.vjp."""
+
+    @property
+    def light(self) -> Engine:
+        """Itself."""
+        return self
 
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
@@ -87,6 +95,11 @@ class Func:
 @dataclass(frozen=True)
 class Autograd:
     """A graph recorded on detached leaves, which share memory with the tensors given."""
+
+    @property
+    def light(self) -> Engine:
+        """Plain autograd."""
+        return AUTOGRAD
 
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
@@ -140,6 +153,7 @@ class Compiled(Autograd):
 def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[str], Callable[..., Any]]:
     """(names of the outputs, function of flat tensors) with compiled forward and backward."""
     from functorch.compile import aot_function, min_cut_rematerialization_partition
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -155,14 +169,55 @@ def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[st
         joint_graph_passes(joint)
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
 
+    def compiler(backward: bool) -> Callable[..., Any]:
+        def compile(gm: Any, inputs: Any) -> Any:
+            with config.patch(INDUCTOR):
+                return compile_fx_inner(gm, inputs, is_backward=backward)
+
+        return compile
+
     graph = aot_function(
         flat_fn,
-        fw_compiler=lambda gm, inputs: compile_fx_inner(gm, inputs, is_backward=False),
-        bw_compiler=lambda gm, inputs: compile_fx_inner(gm, inputs, is_backward=True),
+        fw_compiler=compiler(backward=False),
+        bw_compiler=compiler(backward=True),
         partition_fn=partition,
-        decompositions=select_decomp_table(),
+        decompositions={**select_decomp_table(), **products_of_bf16()},
     )
     return names, graph
+
+
+# The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.
+INDUCTOR = {"cpp.vec_isa_ok": True}
+
+
+def products_of_bf16() -> dict[Any, Callable[..., Any]]:
+    """Decompositions for a CPU without bf16 arithmetic: operands to fp32, multiply, round, as such an arithmetic would.
+
+    Torch's own loops for such products are ten to fifty times slower than fp32; the casts fuse into neighbouring kernels.
+    """
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return {}
+
+    def widened(op: Any, returns: Sequence[bool]) -> Callable[..., Any]:
+        def decomposed(*args: Any, **options: Any) -> Any:
+            narrow = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.bfloat16]
+            if not narrow or narrow[0].device.type != "cpu":
+                return NotImplemented
+            wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
+            out = op(*wide, **options)
+            if isinstance(out, Tensor):
+                return out.bfloat16()
+            return tuple(y.bfloat16() if rounds else y for y, rounds in zip(out, returns, strict=True))
+
+        return decomposed
+
+    aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    products = {op.default: widened(op.default, ()) for op in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)}
+    products[attention.default] = widened(attention.default, (True, False))  # the logsumexp stays wide
+    products[backward.default] = widened(backward.default, (True, True, True))
+    return products
 
 
 def why_not_compile() -> str | None:

@@ -159,6 +159,7 @@ def gpt(c: Config) -> Model:
             ("tokens", "positions", "order", "documents", "sample"),
             ("h", *live),
             linear=not c.embed_norm,
+            light=True,
         ),
         *blocks,
         Node(
@@ -167,6 +168,7 @@ def gpt(c: Config) -> Model:
             ("h", "labels", "weights"),
             ends,
             index=c.layers + 1,
+            light=True,
         ),
         Node(
             partial(loss, c),

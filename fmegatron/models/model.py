@@ -40,6 +40,7 @@ class Node:
     layer: which slice of the stacked subtrees among its parameters.
     index: its number in the whole model; the key it gets is folded with it. key is None without dropout.
     linear: in its parameters, so that their values are not needed again for its backward (a lookup).
+    light: cheap beside the layers and run once: a compiled step leaves it eager, it is not worth the compile.
     chunks: n > 0 says that all it reads may be cut along dim 1 into equal parts, and the results of the parts added;
         n is a good number of parts. Of the loss only one part's logits are then alive.
     """
@@ -51,6 +52,7 @@ class Node:
     layer: int | None = None
     index: int = 0
     linear: bool = False
+    light: bool = False
     chunks: int = 0
 
 

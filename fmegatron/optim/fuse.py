@@ -36,6 +36,7 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
 from fmegatron.optim.elementwise import Elementwise, plain
+from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
 ROW = 64  # elements: a multiple of every vector register's; what is left over, rarely anything, goes eager
@@ -64,7 +65,7 @@ class FusedStep:
     @cached_property
     def compiled(self) -> Kernel:
         """The same, compiled."""
-        return torch.compile(self.kernel, fullgraph=True)
+        return torch.compile(self.kernel, fullgraph=True, options=dict(INDUCTOR))
 
     def __call__(
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,

@@ -66,7 +66,7 @@ def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Valu
     for segment, again in remat.segments(chain):
         before, moved_before, ran = values, moving, []
         for node in segment:
-            values, moving, done = forward(node, step, values, moving, tap=True)
+            values, moving, done = forward(node, step, values, moving)
             if not again:
                 ran.append(done)
             step.weights.leave(node, done.own)
@@ -80,7 +80,7 @@ def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Valu
     while tape:
         segment, again, saved, moved, ran = tape.pop()
         for node in segment if again else ():
-            saved, moved, done = forward(node, step, saved, moved, tap=False)
+            saved, moved, done = forward(node, step, saved, moved, again=True)
             ran.append(done)
         del saved
         while ran:
@@ -88,22 +88,24 @@ def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Valu
     return losses
 
 
-def forward(node: Node, step: Step, values: Values, moving: frozenset[str], tap: bool) -> tuple[Values, frozenset[str], Ran]:
-    """Run one node. moving: names of values that depend on parameters."""
+def forward(
+    node: Node, step: Step, values: Values, moving: frozenset[str], again: bool = False
+) -> tuple[Values, frozenset[str], Ran]:
+    """Run one node. moving: names of values that depend on parameters. again: it ran before, and its taps are known."""
     own = step.weights.take(node)
     reads = {name: values[name] for name in node.reads if name in values}
     if node.chunks:
         losses = in_parts(node, step, own, reads, moving)
         return {**values, **losses}, moving, Ran(node, own, None)
-    out, moved, pullback = differentiate(node, step, own, reads, moving, tap)
-    if tap:
-        step.taps.update({name: x for name, x in out.items() if name.startswith("tap.")})
+    out, moved, pullback = differentiate(node, step, own, reads, moving)
+    if not again:
+        add_taps(step.taps, out)
     new = {name: x for name, x in out.items() if not name.startswith("tap.")}
     return {**values, **new}, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback)
 
 
 def differentiate(
-    node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str], tap: bool
+    node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]
 ) -> tuple[Values, frozenset[str], Pullback]:
     """A node's values, the names among them that depend on parameters, and its pullback."""
     key = None if step.key is None else random.fold_in(step.key, node.index)
@@ -113,10 +115,11 @@ def differentiate(
     def block(wrt: Tree, rest: Tree) -> Values:
         taps: dict[str, tuple[str, Tensor]] = {}
         sh = step.sh.at(rest["rank"]) if rest["rank"] is not None else step.sh
-        out = node.fn(sh.tapping(taps if tap else None), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
+        out = node.fn(sh.tapping(taps), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
-    return step.engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute, tap))
+    engine = step.engine.light if node.light else step.engine
+    return engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:
@@ -143,7 +146,9 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
     own_grads: Tree = None  # summed here where they travel, so that they travel once
     for i in range(parts):
         part = {name: x.narrow(1, i * (length // parts), length // parts).contiguous() for name, x in reads.items()}
-        out, _, pullback = differentiate(node, step, own, part, moving, tap=False)
+        out, _, pullback = differentiate(node, step, own, part, moving)
+        add_taps(step.taps, out)
+        out = {name: x for name, x in out.items() if not name.startswith("tap.")}
         grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})
         del pullback
         if own_grads is not None:
@@ -161,3 +166,11 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
         whole = torch.cat(pieces, 1)
         step.cotangents[name] = step.cotangents[name] + whole if name in step.cotangents else whole
     return total
+
+
+def add_taps(total: dict[str, Tensor], values: Values) -> None:
+    """Join what was tapped, among other values, to what was tapped before."""
+    for name, x in values.items():
+        if name.startswith("tap."):
+            join = torch.maximum if name.startswith("tap.max.") else torch.add
+            total[name] = join(total[name], x) if name in total else x

@@ -22,7 +22,7 @@ from fmegatron.models.model import Model, Values
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.collectives import Pmax, Psum, apply
-from fmegatron.train.chain import Step, visits, walk
+from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.remat import Remat, parse_remat
@@ -111,9 +111,7 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Te
         step = Step(sh, engine, weights, gradients, seeds, key)
         for name, x in walk(model.chain, step, part, plan.remat).items():
             losses[name] = losses[name] + x if name in losses else x
-        for name, x in step.taps.items():
-            join = torch.maximum if name.startswith("tap.max.") else torch.add
-            taps[name] = join(taps[name], x) if name in taps else x
+        add_taps(taps, step.taps)
     grads = gradients.finish(params)
     terms = {name.removeprefix("loss."): x for name, x in losses.items()}
     metrics = {term: x / counts[term].clamp(min=1) for term, x in terms.items()}
