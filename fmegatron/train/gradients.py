@@ -27,6 +27,7 @@ class Gradients:
         self.dtypes = {path: x.dtype for path, x in params.items()}
         self.sums: dict[str, Tensor] = {}
         self.seen: set[tuple[str, int | None]] = set()
+        self.owned: set[str] = set()  # unstacked leaves whose sum is a tensor of our own
         self.pending: Callable[[], None] | None = None
 
     def add(self, node: Node, grads: Tree) -> None:
@@ -59,17 +60,24 @@ class Gradients:
             self.pending = None
 
     def _store(self, leaf: Leaf, layer: int | None, x: Tensor) -> None:
-        dtype = self.dtypes[leaf.path]
-        if leaf.path not in self.sums:
+        path, dtype = leaf.path, self.dtypes[leaf.path]
+        first = (path, layer) not in self.seen
+        self.seen.add((path, layer))
+        if layer is None and first:
+            self.sums[path] = x.to(dtype)  # no copy of what may be a whole table; it may be seen elsewhere, so ...
+            return
+        if layer is None and path not in self.owned:
+            self.sums[path] = self.sums[path] + x  # ... the first sum is a new tensor, and is added to from then on
+            self.owned.add(path)
+            return
+        if path not in self.sums:
             # made from a gradient: under a vmap it then has every dim that gradients have
-            shape = x.shape if layer is None else (leaf.param.layers or 0, *x.shape)
-            self.sums[leaf.path] = x.new_empty(shape, dtype=dtype)
-        total = self.sums[leaf.path] if layer is None else self.sums[leaf.path][layer]
-        if (leaf.path, layer) in self.seen:
-            total.add_(x)
-        else:
+            self.sums[path] = x.new_empty((leaf.param.layers or 0, *x.shape), dtype=dtype)
+        total = self.sums[path] if layer is None else self.sums[path][layer]
+        if first:
             total.copy_(x)
-            self.seen.add((leaf.path, layer))
+        else:
+            total.add_(x)
 
     def finish(self, like: Tree) -> Tree:
         """The step's gradients, as the optimizer holds its state, in a tree like `like`."""
