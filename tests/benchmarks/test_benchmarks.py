@@ -1,0 +1,43 @@
+"""The benchmarks run: participants of two kinds agree on the first loss, ratios and their intervals come out."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_train_step_runs(tmp_path):
+    out = tmp_path / "rows"
+    only = "fp32,fmegatron eager,transformers eager"
+    words = [sys.executable, str(BENCHMARKS / "train_step.py"), "--quick", "--only", only, "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "fmegatron eager takes" in done.stdout and out.read_text().count('"step"') == 6
+
+
+def test_overhead_runs():
+    words = [sys.executable, str(BENCHMARKS / "overhead.py"), "--rounds", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "mesh / none" in done.stdout
+
+
+def test_a_ratio_is_of_rounds_and_its_interval_holds_it():
+    ratio = load("report").ratio
+    theirs = np.random.default_rng(0).uniform(1, 10, 20)  # the machine's speed drifts tenfold; the ratio does not
+    middle, low, high = ratio(0.9 * theirs, theirs)
+    assert np.allclose([middle, low, high], 0.9)
+    noisy = 0.9 * theirs * np.random.default_rng(1).normal(1, 0.05, 20)
+    middle, low, high = ratio(noisy, theirs)
+    assert low <= middle <= high and high - low < 0.1
