@@ -45,7 +45,8 @@ def apply(sh: Sharding, norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
 def normalize(norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
     """The norm itself."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight = p["weight"].to(wide.dtype) + (1.0 if norm.centred else 0.0) if "weight" in p else None
+    weight = p["weight"].to(wide.dtype) if "weight" in p else None
+    weight = weight + 1.0 if weight is not None and norm.centred else weight
     if norm.kind == "layer":
         shift = p["bias"].to(wide.dtype) if "bias" in p else None
         return torch.nn.functional.layer_norm(wide, x.shape[-1:], weight, shift, norm.eps).to(x.dtype)
