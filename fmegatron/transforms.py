@@ -133,7 +133,7 @@ class Autograd:
 class Compiled(Autograd):
     """Autograd over graphs that AOTAutograd traces and Inductor compiles, once per kind of block and its shapes.
 
-    The block's Python runs once, on abstract tensors: it may do anything but look at values.
+    The block's Python runs on abstract tensors, two or three times: it may do anything but look at values.
     """
 
     graphs: dict[Any, Any] = field(default_factory=dict, compare=False)
