@@ -65,7 +65,7 @@ class Data:
 class Training:
     """How long, in what precision, with what memory."""
 
-    steps: int = option(1000, "applied updates in all", at_least=0)
+    steps: int = option(1000, "steps in all; a skipped one counts too", at_least=0)
     global_batch: int = option(32, "samples in a step, over all ranks", at_least=1)
     microbatches: int = option(1, "parts that a step is computed in, one after another", at_least=1)
     dtype: Literal["fp32", "bf16"] = option("fp32", "of the computation; the master state is fp32")

@@ -69,6 +69,7 @@ def cross_entropy(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Te
 def pick(sh: Sharding, x: Tensor, labels: Tensor) -> Tensor:
     """x[label] of each token, whichever rank has it: [batch, loss_seq]."""
     vocab = sh.index("vocab", LOGITS, x)
+    labels = sh.align(labels, "batch loss_seq", within=LOGITS)  # nothing moves, unless vocab took an axis that batch has too
     if compiling():  # fuses into the passes of the logsumexp, forward and backward
         mine = torch.where(labels[..., None] == vocab, x, torch.zeros_like(x))
     else:

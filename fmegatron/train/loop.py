@@ -211,7 +211,7 @@ class Trainer:
                 checkpoint=saved,
                 picture=picture,
                 resume=f"{again} --training.steps {2 * steps}",
-                generate=f'fmegatron generate {self.folder} "{c.log.prompt}"',
+                generate=f'fmegatron generate {self.folder} "{c.log.prompt}"' if self.model.output is not None else "",
             )
         )
 
