@@ -94,9 +94,9 @@ class Weights:
         """Gather a node's parameters again, into the tensors that were freed."""
         fresh = self.take(node)
         for x, y in zip(self._freeable(node, own), self._freeable(node, fresh), strict=True):
-            if x.untyped_storage().size() == 0:
+            if x.untyped_storage().size() == 0:  # leaves whose shards have a dim of 1 may be views of one bucket
                 x.untyped_storage().resize_(y.untyped_storage().size())
-                x.data.copy_(y)
+            x.data.copy_(y)
 
     def _freeable(self, node: Node, own: Tree) -> list[Tensor]:
         if not self.free:
