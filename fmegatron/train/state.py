@@ -13,7 +13,8 @@ from fmegatron.models.model import Model
 from fmegatron.nn import param
 from fmegatron.optim import Transform
 from fmegatron.sharding import Sharding, spmd
-from fmegatron.sharding.collectives import Once, Psum, apply
+from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
+from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
 from fmegatron.tree import Tree
 
@@ -83,15 +84,13 @@ class Over:
                     assert self.sh.rank is not None
                     square = apply(square, self.sh.rank, Once(axis))
             total = total + square
-        return self._sum(total).sqrt()
+        return over_ranks(self.sh, total, Psum).sqrt()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks of a value that each rank has its own of."""
-        return self._sum(x) / self.sh.mesh.size
+        return over_ranks(self.sh, x, Psum) / self.sh.mesh.size
 
-    def _sum(self, x: Tensor) -> Tensor:
-        for axis in self.sh.mesh.axes:
-            if axis.size > 1:
-                assert self.sh.rank is not None
-                x = apply(x, self.sh.rank, Psum(axis))
-        return x
+
+def over_ranks(sh: Sharding, x: Tensor, op: type[Psum] | type[Pmax]) -> Tensor:
+    """The sum or the maximum over all ranks."""
+    return run(x, sh.rank, [op(axis) for axis in sh.mesh.axes if axis.size > 1])

@@ -21,12 +21,12 @@ from fmegatron import random, tree
 from fmegatron.models.model import Model, Values
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.sharding import Sharding, spmd
-from fmegatron.sharding.collectives import Pmax, Psum, apply
+from fmegatron.sharding.collectives import Pmax, Psum
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.remat import Remat, parse_remat
-from fmegatron.train.state import Over, TrainState
+from fmegatron.train.state import Over, TrainState, over_ranks
 from fmegatron.train.weights import Weights
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
@@ -118,7 +118,7 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Te
     metrics["loss"] = sum((x * seeds[term] for term, x in terms.items()), start=torch.zeros_like(next(iter(terms.values()))))
     sums = {**metrics, **{name: x for name, x in taps.items() if not name.startswith("tap.max.")}}
     out = sum_together(sh, sums)
-    out |= {name: max_over(sh, x) for name, x in taps.items() if name.startswith("tap.max.")}
+    out |= {name: over_ranks(sh, x, Pmax) for name, x in taps.items() if name.startswith("tap.max.")}
     return grads, {**out, **{f"count.{term}": n for term, n in counts.items()}}
 
 
@@ -211,25 +211,7 @@ def shards_of_batch(sh: Sharding) -> int:
     return size
 
 
-def sum_over(sh: Sharding, x: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    for axis in sh.mesh.axes:
-        if axis.size > 1:
-            assert sh.rank is not None
-            x = apply(x, sh.rank, Psum(axis))
-    return x
-
-
 def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over all ranks of several 0-D values, in one collective an axis."""
-    summed = sum_over(sh, torch.stack([x.to(torch.float64) for x in values.values()]))
+    summed = over_ranks(sh, torch.stack([x.to(torch.float64) for x in values.values()]), Psum)
     return {name: x.to(values[name].dtype) for name, x in zip(values, summed.unbind(0), strict=True)}
-
-
-def max_over(sh: Sharding, x: Tensor) -> Tensor:
-    """The maximum over all ranks."""
-    for axis in sh.mesh.axes:
-        if axis.size > 1:
-            assert sh.rank is not None
-            x = apply(x, sh.rank, Pmax(axis))
-    return x

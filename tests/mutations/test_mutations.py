@@ -29,6 +29,7 @@ from fmegatron.sharding.collectives import AllGather, Once, Psum, Take
 from fmegatron.testing import assert_mesh_invariant
 from fmegatron.train import leaves as train_leaves
 from fmegatron.train import state, step
+from fmegatron.train.state import over_ranks
 
 torch.set_num_threads(1)
 
@@ -106,7 +107,7 @@ def denominator_per_microbatch(patch):
     def walk(chain, here, part, remat):
         if not here.sh.mesh.axes:
             return right(chain, here, part, remat)
-        own = step.sum_over(here.sh, here.sh.total(part["weights"], "batch seq"))
+        own = over_ranks(here.sh, here.sh.total(part["weights"], "batch seq"), Psum)
         here.seeds = {name: 1 / own / 2 for name in here.seeds}
         return right(chain, here, part, remat)
 
