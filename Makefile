@@ -107,9 +107,10 @@ endif
 	@$(PIP) --editable .
 	@touch $@
 
-$(TEST): $(CORE)
+$(TEST): $(CORE) constraints-oracles.txt
 	@echo "installing what the tests need"
 	@$(PIP) --editable '.[test]'
+	@$(BIN)/python -m pip -qq install $(PIP_FLAGS) --no-deps --requirement constraints-oracles.txt
 	@touch $@
 
 $(BENCH): $(CORE)
