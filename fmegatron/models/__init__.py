@@ -2,7 +2,7 @@
 
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
-from fmegatron.models.hf import from_hf
+from fmegatron.models.hf import from_hf, to_hf
 from fmegatron.models.model import Model, Node, run_chain
 from fmegatron.models.presets import gemma, gemma2, gpt2, llama2, llama3, mistral, preset, qwen2, qwen3
 
@@ -22,4 +22,5 @@ __all__ = [
     "qwen2",
     "qwen3",
     "run_chain",
+    "to_hf",
 ]

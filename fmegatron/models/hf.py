@@ -1,122 +1,233 @@
-"""Models from Hugging Face folders: config.json says what, safetensors hold the weights.
+"""Models from and to Hugging Face folders: config.json says what, safetensors hold the weights.
 
     model, params = from_hf("path/to/Qwen3-0.6B")
+    to_hf(model, params, "path/to/mine")
 
-The families are data, in hf_families.py; here they are read.
+The families are data, in hf_families.py and hf_configs.py; here they are read from left to right and from right to left.
+Neither way makes a second copy of the model: slices are read into the shards that want them, and tensors are written one
+by one.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from fmegatron import tree
+from fmegatron import files, tensorfile, tree
+from fmegatron.models import layers
 from fmegatron.models.gpt import gpt
-from fmegatron.models.hf_families import EXTRA, FAMILIES, Entry
+from fmegatron.models.hf_configs import config_of, describe
+from fmegatron.models.hf_families import ENTRIES, EXTRA, Entry, true_sizes
 from fmegatron.models.model import Model
-from fmegatron.nn.param import Param
-from fmegatron.sharding import Sharding, shard
-from fmegatron.sharding.placement import Sizes
+from fmegatron.sharding import SINGLE, Sharding
+from fmegatron.sharding.chunks import Chunks
+from fmegatron.tensorfile import Lazy
 from fmegatron.tree import Tree
 
+FILE_BYTES = 5_000_000_000  # most bytes of a file, as transformers has it
+Leaf = tuple[torch.dtype, Callable[[], Tensor]]
 
+
+# -- in -------------------------------------------------------------------------------------------------------------
 def from_hf(folder: str | Path, sharding: Sharding | None = None, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree]:
     """The model of a folder, and its parameters in `dtype`: whole, or as `sharding` stores them.
 
-    Reads one tensor at a time. Raises a one-line ValueError for a folder without config or weights, an architecture or
-    a setting that is not supported, and a tensor that is missing, superfluous or of another shape.
+    Each process reads only the slices that its shards hold. Raises a one-line ValueError for a folder without config or
+    weights, an architecture or a setting that is not supported, and a tensor that is missing, superfluous or of another
+    shape.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json here, so this is not a Hugging Face model folder")
-    c = json.loads((folder / "config.json").read_text())
-    if c.get("model_type") not in FAMILIES:
-        raise ValueError(f"{folder}: model_type {c.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
-    configure, entries = FAMILIES[c["model_type"]]
-    model = gpt(configure(c))
+    model, family = model_of(folder)
+    sh = (sharding or SINGLE).bind(model.sizes)
+    params = layers.zeros(model, sh, dtype)
     with ExitStack() as stack:
         tensors = Files(folder, stack)
-        params = convert(model, entries, tensors, sharding, dtype)
+        for path, chunks in layers.by_layer(model, sh, params, copies=True).items():
+            fill(path, chunks, family, tensors, model)
         left = [name for name in sorted(tensors.unread) if not name.endswith(EXTRA)]
         left = [name for name in left if not (model.config.tied and name == "lm_head.weight")]
     if left:
         raise ValueError(f"{folder}: {len(left)} tensors have no place in this model, the first is {left[0]}")
-    return model, params
+    return model, tree.map(lambda x: x.to(sh.mesh.device), params)
+
+
+def model_of(folder: Path) -> tuple[Model, str]:
+    """The model that a folder's config.json describes, and its family."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json here, so this is not a Hugging Face model folder")
+    c = json.loads((folder / "config.json").read_text())
+    if c.get("model_type") not in ENTRIES:
+        raise ValueError(f"{folder}: model_type {c.get('model_type')!r} is not supported, only {', '.join(ENTRIES)}")
+    return gpt(config_of(c)), c["model_type"]
 
 
 class Files:
-    """The tensors of a folder by name, read when asked for; remembers which were not."""
+    """The tensors of a folder by name, read in slices when asked for; remembers which were not."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        missing = [name for name in files if not (folder / name).is_file()]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: no {missing[0]} here; weights are read from safetensors files only")
-        opened = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in files]
+        opened = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]
         self.folder, self.where = folder, {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         self.unread = set(self.where)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor; ValueError where there is none of that name."""
+        return list(self.where[self._own(name)].get_slice(self._own(name)).get_shape())
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """A box of a tensor; only its bytes are read."""
+        name = self._own(name)
+        self.unread.discard(name)
+        return self.where[name].get_slice(name)[slices]
+
+    def _own(self, name: str) -> str:
         name = name if name in self.where else name.removeprefix("transformer.")  # GPT-2's own files have no prefix
         if name not in self.where:
             raise ValueError(f"{self.folder}: tensor {name} is missing from the weights")
-        self.unread.discard(name)
-        return self.where[name].get_tensor(name)
+        return name
 
 
-def convert(model: Model, entries: tuple[Entry, ...], tensors: Files, sharding: Sharding | None, dtype: torch.dtype) -> Tree:
-    """Parameters of `model` from their tensors by its family's entries, leaf by leaf."""
-    place = sharding.bind(model.sizes) if sharding is not None else None
-    leaf_of = {ours: (entry, i) for entry in entries for i, ours in enumerate(entry.ours.split())}
-    pieces: dict[str, Tensor] = {}
-
-    def leaf(path: str, p: Param) -> Tensor:
-        run = next((part for part in path.split(".") if part.isdigit()), None) if p.layers is not None else None
-        entry, part = leaf_of[path if run is None else path.replace(f".{run}.", ".", 1)]
-        names = p.names.removeprefix("layers ")
-        made = []
-        for number in range(1) if run is None else range(int(run), int(run) + (p.layers or 0)):
-            name = entry.theirs.format(number)
-            x = pieces.pop(f"{name} {part}", None)
-            if x is None:
-                several = read(entry, name, tensors[name], names, model.sizes)
-                pieces.update({f"{name} {i}": y for i, y in enumerate(several)})
-                x = pieces.pop(f"{name} {part}")
-            x = x.to(dtype)
-            made.append(x if place is None else shard(place, x, names, "storage", path))
-        if place is None:
-            made = [pad(x, p.shape(model.sizes)[-x.dim() :]) for x in made]
-        stacked = place is not None and place.mesh.stacked
-        return made[0].contiguous() if run is None else torch.stack(made, 1 if stacked else 0)
-
-    return tree.map_with_path(leaf, model.declare)
+def fill(path: str, chunks: Chunks, family: str, tensors: Files, model: Model) -> None:
+    """Fill one layer's leaf's boxes from their file."""
+    entry, number, part = entry_of(path, family)
+    name, sizes = entry.theirs.format(number), true_sizes(model.sizes)
+    names = names_by_layer(model)[path]
+    expected = entry.shape(sizes)
+    if (found := tensors.shape(name)) != expected:
+        raise ValueError(f"{name} has shape {found}, but this config asks for {expected} ({entry.layout})")
+    for offsets, piece in chunks.pieces:
+        if piece.numel() or not chunks.pieces:
+            box = {n: (at, at + size) for n, at, size in zip(names, offsets, piece.shape, strict=True)}
+            piece.copy_(entry.cut(lambda slices: tensors.read(name, slices), names, box, part, sizes))
+    if not any(piece.numel() for _, piece in chunks.pieces):
+        tensors.unread.discard(name)
 
 
-def read(entry: Entry, name: str, x: Tensor, names: str, sizes: Sizes) -> list[Tensor]:
-    """Our leaves, with dims `names`, in one of their tensors; raises ValueError where its shape is another."""
-    parts = entry.ours.split()
-    true = {n: s if isinstance(s, int) else s.n for n, s in sizes.items()} | {"part": len(parts)}
-    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", entry.layout)]
-    flat = [n for group in groups for n in group]
-    expected = [math.prod(true[n] for n in group) for group in groups]
-    if list(x.shape) != expected:
-        raise ValueError(f"{name} has shape {list(x.shape)}, but this config asks for {expected} ({entry.layout})")
-    x = x.reshape([true[n] for n in flat])
-    same = {"kv": "heads"} if "part" in flat else {}  # what lies in one tensor has as many heads
-    wanted = (["part"] if "part" in flat else []) + [same.get(n, n) for n in names.split()]
-    x = x.permute([flat.index(n) for n in wanted])
-    return list(x.unbind(0)) if "part" in flat else [x]
+def names_by_layer(model: Model) -> dict[str, tuple[str, ...]]:
+    """{path with the global layer's number: names of its dims}."""
+    return {
+        key: tuple(p.names.removeprefix("layers ").split())
+        for path, p in tree.to_paths(model.declare).items()
+        for key in layers.layer_paths(path, p)
+    }
 
 
-def pad(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros at the end of each dim, up to `shape`."""
-    ends = [n for have, want in zip(reversed(x.shape), reversed(shape), strict=True) for n in (0, want - have)]
-    return torch.nn.functional.pad(x, ends) if any(ends) else x
+def entry_of(path: str, family: str) -> tuple[Entry, int, int]:
+    """The entry that holds a leaf, the layer's number (0 outside of layers), and which part of its tensor the leaf is."""
+    number, pattern = 0, path
+    if any(part.isdigit() for part in path.split(".")):
+        before, number, after = layers.split_run(path)
+        pattern = f"{before}.{after}"
+    entry = next((entry for entry in ENTRIES[family] if pattern in entry.leaves), None)
+    if entry is None:
+        raise ValueError(f"{path} has no counterpart in a Hugging Face model of family {family}")
+    return entry, number, entry.leaves.index(pattern)
+
+
+# -- out ------------------------------------------------------------------------------------------------------------
+def to_hf(
+    model: Model,
+    params: Tree,
+    folder: str | Path,
+    sharding: Sharding | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write parameters (whole, or as `sharding` stores them) as a folder that transformers loads: the inverse of `from_hf`.
+
+    dtype: of the files; None keeps the parameters'. file_bytes: most bytes of a file; several files have an index.
+    The folder appears whole or not at all. Every process of a mesh calls this; the first writes. Raises ValueError where
+    the folder exists and is not empty, and where no Hugging Face family has the model's settings, naming one that is amiss.
+    """
+    sh = (sharding or SINGLE).bind(model.sizes)
+    kept = tree.leaves(params)[0].dtype
+    whole = {path: (kept, make) for path, make in layers.whole_layers(model, sh, params).items()}
+    return write_hf(model, whole, folder, dtype=dtype, file_bytes=file_bytes, first=sh.mesh.rank in (None, 0))
+
+
+def write_hf(
+    model: Model,
+    leaves: Mapping[str, Leaf],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+    first: bool = True,
+) -> Path:
+    """`to_hf` from anywhere: leaves are {"layers.7.attn.q": (dtype, a function that gives it whole)}."""
+    folder = Path(folder)
+    plain = describe(model.config)
+    theirs = their_tensors(model, leaves, plain["model_type"], dtype)
+    parts = split(theirs, file_bytes)
+    if not first:  # unsharding is a collective: the others make each tensor too, in the same order
+        for part in parts.values():
+            for name in tensorfile.order(part):
+                part[name].make()
+        dist.barrier()
+        return folder
+    plain["dtype"] = plain["torch_dtype"] = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
+    with files.new_folder(folder) as new:
+        for name, part in parts.items():
+            tensorfile.write(new / name, part)
+        if len(parts) > 1:
+            total = sum(x.nbytes for x in theirs.values())
+            where = {tensor: name for name, part in parts.items() for tensor in part}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (new / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def their_tensors(
+    model: Model, leaves: Mapping[str, Leaf], family: str, dtype: torch.dtype | None
+) -> dict[str, Lazy]:
+    """{their name: the tensor, made on demand}, in the model's order."""
+    sizes, names = true_sizes(model.sizes), names_by_layer(model)
+    members: dict[str, list[str]] = {}
+    found: dict[str, Entry] = {}
+    for path in names:
+        entry, number, part = entry_of(path, family)
+        name = entry.theirs.format(number)
+        found[name] = entry
+        members.setdefault(name, [""] * len(entry.leaves))[part] = path
+
+    def tensor(name: str) -> Lazy:
+        entry, paths = found[name], members[name]
+        assert all(paths), f"{name}: a part of it is no leaf of this model"
+        kept = dtype or leaves[paths[0]][0]
+
+        def make() -> Tensor:
+            return entry.join([leaves[path][1]() for path in paths], [names[path] for path in paths], sizes).to(kept)
+
+        return Lazy(tuple(entry.shape(sizes)), kept, make)
+
+    return {name: tensor(name) for name in members}
+
+
+def split(tensors: Mapping[str, Lazy], file_bytes: int) -> dict[str, dict[str, Lazy]]:
+    """{file name: its tensors}, each file filled up to `file_bytes`."""
+    parts: list[dict[str, Lazy]] = [{}]
+    size = 0
+    for name, x in tensors.items():
+        if parts[-1] and size + x.nbytes > file_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = x
+        size += x.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}

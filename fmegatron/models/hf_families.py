@@ -1,4 +1,4 @@
-"""Hugging Face families as data: how a config's fields map to ours, and an entry for each tensor of theirs.
+"""Hugging Face families as data: an entry for each tensor of theirs.
 
     ("model.layers.{}.self_attn.q_proj.weight", "(heads hd) embed", "layers.attn.q")     their name, their layout, our leaf
 
@@ -9,19 +9,92 @@ right an entry imports, from right to left it exports.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from fmegatron.models.config import Config
-from fmegatron.nn.rope import Llama3Scaling
+import torch
+from torch import Tensor
+
+from fmegatron.sharding.placement import Sizes
+
+Ranges = Mapping[str, tuple[int, int]]
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One tensor of theirs: name ({} is the layer), layout, and our leaf; several leaves lie along the dim `part`."""
 
     theirs: str
     layout: str
     ours: str
+
+    @property
+    def leaves(self) -> list[str]:
+        """Our leaves in it, by paths without a layer's number."""
+        return self.ours.split()
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The names in each of their dims."""
+        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", self.layout)]
+
+    def shape(self, sizes: Mapping[str, int]) -> list[int]:
+        """The shape of their tensor."""
+        sizes = {**sizes, "part": len(self.leaves)}
+        return [math.prod(sizes[name] for name in group) for group in self.groups]
+
+    def cut(
+        self, read: Callable[[tuple[slice, ...]], Tensor], names: Sequence[str], box: Ranges, part: int, sizes: Mapping[str, int]
+    ) -> Tensor:
+        """A box of our leaf number `part`, in our order of dims: `read(slices)` gives a box of their tensor.
+
+        Their dim (heads hd) is cut to the box's heads before it is read, then to its part of hd.
+        """
+        sizes = {**sizes, "part": len(self.leaves)}
+        want = {self._theirs(name): box[name] for name in names} | {"part": (part, part + 1)}
+        slices, shape, cuts = [], [], []
+        for group in self.groups:
+            start, inner, cutting = 0, math.prod(sizes[name] for name in group), True
+            length = inner
+            for name in group:
+                low, high = want[name]
+                inner //= sizes[name]
+                if cutting:  # dims of one index, then one range: together one stretch of their dim
+                    start, length = start + low * inner, (high - low) * inner
+                    cutting = high - low == 1
+                    shape.append(high - low)
+                    cuts.append(slice(None))
+                else:
+                    shape.append(sizes[name])
+                    cuts.append(slice(low, high))
+            slices.append(slice(start, start + length))
+        flat = [name for group in self.groups for name in group]
+        x = read(tuple(slices)).reshape(shape)[tuple(cuts)]
+        if "part" in flat:
+            x = x.select(flat.index("part"), 0)
+            flat.remove("part")
+        return x.permute([flat.index(self._theirs(name)) for name in names])
+
+    def join(self, parts: Sequence[Tensor], names: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Tensor:
+        """Their tensor from our leaves, whole and without pads: the inverse of `cut`."""
+        flat = [name for group in self.groups for name in group]
+        inner = [name for name in flat if name != "part"]
+        ordered = [
+            x.permute([[self._theirs(name) for name in own].index(name) for name in inner])
+            for x, own in zip(parts, names, strict=True)
+        ]
+        x = torch.stack(ordered, flat.index("part")) if "part" in flat else ordered[0]
+        return x.reshape(self.shape(sizes))
+
+    def _theirs(self, name: str) -> str:
+        """What lies in one tensor has as many heads: keys' and values' are then called heads too."""
+        return "heads" if name == "kv" and "part" in self.layout else name
+
+
+def true_sizes(sizes: Sizes) -> dict[str, int]:
+    """Named sizes without pads."""
+    return {name: size if isinstance(size, int) else size.n for name, size in sizes.items()}
 
 
 # Entries whose leaf a model does not declare (biases, q_norm, an untied head) are left out for it.
@@ -78,131 +151,13 @@ GPT2 = (
     Entry("transformer.ln_f.bias", "embed", "norm.bias"),
     Entry("lm_head.weight", "vocab embed", "head.weight"),
 )
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "silu": "silu",
-    "swish": "silu",
-}
-GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
-
-
-# -- configs --------------------------------------------------------------------------------------------------------
-def refuse(c: Mapping[str, Any], **expected: Any) -> None:
-    """Raise ValueError where a setting has a value that our decoder does not know."""
-    for name, value in expected.items():
-        if c.get(name, value) != value:
-            raise ValueError(f"config.json: {name} = {c[name]!r} is not supported, only {value!r}")
-
-
-def activation(c: Mapping[str, Any], name: str) -> str:
-    """Our name of their activation; raises ValueError where there is none."""
-    if c[name] not in ACTIVATIONS:
-        raise ValueError(f"config.json: {name} = {c[name]!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[c[name]]
-
-
-def rope_fields(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, in the form of transformers 5 (rope_parameters) or before (rope_theta, rope_scaling)."""
-    given = c.get("rope_parameters") or {}
-    scaling = given or c.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    fields: dict[str, Any] = {"rope_base": float(given.get("rope_theta", c.get("rope_theta", 10000.0)))}
-    fields["rope_fraction"] = float(given.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)))
-    if kind == "linear":
-        return fields | {"rope_interpolation": float(scaling["factor"])}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        factor, low, high, context = (scaling[name] for name in names)
-        return fields | {"rope_scaling": Llama3Scaling(float(factor), float(low), float(high), int(context))}
-    if kind != "default":
-        raise ValueError(f"config.json: rope_type = {kind!r} is not supported, only default, linear and llama3")
-    return fields
-
-
-def window_fields(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Sliding windows: their layer_types, or all layers."""
-    window, types = c.get("sliding_window"), c.get("layer_types")
-    if window is None or not c.get("use_sliding_window", True):
-        return {}
-    layers = c["num_hidden_layers"]
-    if types is None and c["model_type"] == "gemma2":
-        types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-    if types is None and "max_window_layers" in c:
-        types = ["full_attention" if i < c["max_window_layers"] else "sliding_attention" for i in range(layers)]
-    whole = tuple(kind == "full_attention" for kind in types) if types else (False,) * layers
-    return {} if all(whole) else {"window": window, "no_window": whole if any(whole) else 0}
-
-
-def llama(c: Mapping[str, Any]) -> Config:
-    """Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 2: one config but for a few fields."""
-    kind = c["model_type"]
-    gemma, qwen2 = kind in ("gemma", "gemma2"), kind == "qwen2"
-    refuse(c, pretraining_tp=1)
-    act = activation(c, "hidden_activation" if gemma and c.get("hidden_activation") else "hidden_act")
-    bias = qwen2 or bool(c.get("attention_bias", False))
-    fields: dict[str, Any] = rope_fields(c) | window_fields(c)
-    if gemma:
-        fields |= {"norm_centred": True, "embed_multiplier": math.sqrt(c["hidden_size"])}
-    if kind == "gemma2":
-        fields |= {"norm_at": "peri", "attention_scale": c["query_pre_attn_scalar"] ** -0.5}
-        fields |= {"attention_softcap": c["attn_logit_softcapping"], "logit_softcap": c["final_logit_softcapping"]}
-    return Config(
-        layers=c["num_hidden_layers"],
-        embed=c["hidden_size"],
-        heads=c["num_attention_heads"],
-        kv=c.get("num_key_value_heads") or c["num_attention_heads"],
-        hd=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        mlp=c["intermediate_size"],
-        vocab=c["vocab_size"],
-        context=c["max_position_embeddings"],
-        activation=GATED[act],
-        attention_bias=bias,
-        attention_out_bias=bias and not qwen2,
-        mlp_bias=bool(c.get("mlp_bias", False)),
-        qk_norm="norm" if kind == "qwen3" else "none",
-        norm_eps=c["rms_norm_eps"],
-        tied=bool(c.get("tie_word_embeddings", gemma)),
-        attention_dropout=c.get("attention_dropout", 0.0),
-        init_std=c.get("initializer_range", 0.02),
-        **fields,
-    )
-
-
-def gpt2(c: Mapping[str, Any]) -> Config:
-    """GPT-2."""
-    refuse(c, scale_attn_weights=True, add_cross_attention=False)
-    return Config(
-        layers=c["n_layer"],
-        embed=c["n_embd"],
-        heads=c["n_head"],
-        mlp=c.get("n_inner") or 4 * c["n_embd"],
-        vocab=c["vocab_size"],
-        context=c["n_positions"],
-        positions="learned",
-        norm="layer",
-        norm_eps=c["layer_norm_epsilon"],
-        activation=activation(c, "activation_function"),
-        attention_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
-        tied=bool(c.get("tie_word_embeddings", True)),
-        depth_scaling=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
-        embed_dropout=c.get("embd_pdrop", 0.0),
-        attention_dropout=c.get("attn_pdrop", 0.0),
-        hidden_dropout=c.get("resid_pdrop", 0.0),
-        init_std=c.get("initializer_range", 0.02),
-    )
-
-
-FAMILIES = {
-    "gpt2": (gpt2, GPT2),
-    "llama": (llama, LLAMA),
-    "mistral": (llama, LLAMA),
-    "qwen2": (llama, LLAMA),
-    "qwen3": (llama, LLAMA),
-    "gemma": (llama, LLAMA),
-    "gemma2": (llama, GEMMA2),
+ENTRIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
 }
 EXTRA = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that old files carry

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fmegatron.train.chunks import ChunkLoadPlanner, Chunks, ChunkSavePlanner, whole
-from fmegatron.train.files import sync, write_atomically
+from fmegatron.files import sync, write_atomically
 
 __all__ = ["Chunks", "find", "latest", "load", "read_meta", "save", "step_folder", "tensors", "whole"]
 

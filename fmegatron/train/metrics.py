@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from fmegatron.train.files import write_atomically
+from fmegatron.files import write_atomically
 
 Record = Mapping[str, Any]
 Clean = dict[str, float | int | str | bool | None]

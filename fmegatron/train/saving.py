@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.models import layers
 from fmegatron.models.model import Model
 from fmegatron.sharding import Mesh, Placement, Sharding
+from fmegatron.sharding.chunks import Chunks, chunks_of
 from fmegatron.train import checkpoint
-from fmegatron.train.checkpoint import Chunks
 from fmegatron.train.leaves import Leaf, plan_leaves
 from fmegatron.train.state import TrainState
 from fmegatron.tree import Tree
@@ -55,9 +56,8 @@ def load(path: AnyPath, model: Model, sh: Sharding, state: TrainState) -> TrainS
 def load_params(path: AnyPath, model: Model, sh: Sharding, dtype: torch.dtype = torch.float32) -> Tree:
     """Only the parameters of a checkpoint, as `sh` stores them; every process calls this."""
     sh = sh.bind(model.sizes)
-    leaves = plan_leaves(model, sh)
-    params = tree.from_paths({leaf.path: torch.zeros(_stored_shape(leaf, sh), dtype=dtype) for leaf in leaves.values()})
-    wanted = _params(params, leaves, model, sh, copies=True)
+    params = layers.zeros(model, sh, dtype)
+    wanted = _params(params, model, sh, copies=True)
     _same_keys(path, wanted, "params.")
     checkpoint.load(path, wanted)
     return tree.map(lambda x: x.to(sh.mesh.device), params)
@@ -72,75 +72,26 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
     """{key: this process's pieces} of a state. copies: also those that another rank gives, as loading wants them."""
     sh = sh.bind(model.sizes)
     leaves = plan_leaves(model, sh)
-    out = _params(state.params, leaves, model, sh, copies)
+    out = _params(state.params, model, sh, copies)
     for path, x in _named(state.opt_state):
         leaf = _mirrored(path, leaves)
         if leaf is None:
             out[f"opt.{path}"] = _everywhere(x, sh.mesh, copies)
         else:
             prefix = f"opt.{path.removesuffix(leaf.path)}"
-            out |= _leaf(prefix, leaf, x, leaf.optimizer, model, sh.mesh, copies)
+            by_layer = layers.leaf_by_layer(leaf.path, leaf.param, x, leaf.optimizer, model.sizes, sh.mesh, copies)
+            out |= {prefix + key: chunks for key, chunks in by_layer.items()}
     return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
 
 
-def _params(params: Tree, leaves: dict[str, Leaf], model: Model, sh: Sharding, copies: bool) -> dict[str, Chunks]:
-    out: dict[str, Chunks] = {}
-    for leaf, x in zip(leaves.values(), tree.leaves(params), strict=True):
-        out |= _leaf("params.", leaf, x, leaf.storage, model, sh.mesh, copies)
-    return out
-
-
-def _leaf(prefix: str, leaf: Leaf, x: Tensor, place: Placement, model: Model, mesh: Mesh, copies: bool) -> dict[str, Chunks]:
-    """A leaf as one tensor, or one for each of its layers."""
-    if not leaf.stacked:
-        return {prefix + leaf.path: pieces(x, place, leaf.param.true_shape(model.sizes), mesh, copies)}
-    place = Placement(place.names[1:], place.axes[1:])
-    run, first = _run_of(leaf.path)
-    true = leaf.param.true_shape(model.sizes)[1:]
-    layers = x.unbind(1 if mesh.stacked else 0)
-    return {
-        prefix + leaf.path.replace(f"{run}.{first}.", f"{run}.{first + i}.", 1): pieces(y, place, true, mesh, copies)
-        for i, y in enumerate(layers)
-    }
-
-
-def _run_of(path: str) -> tuple[str, int]:
-    """The name before a run's number, and the number: "layers.4.attn.q" -> ("layers", 4)."""
-    parts = path.split(".")
-    at = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[:at]), int(parts[at])
-
-
-def pieces(x: Tensor, place: Placement, true: tuple[int, ...], mesh: Mesh, copies: bool = False) -> Chunks:
-    """The boxes of a global tensor of shape `true` that lie here; on a mesh of one process x is [ranks, *local]."""
-    found = []
-    for coordinates, local in _ranks(x, mesh):
-        if not copies and any(at and axis not in place.placed for axis, at in coordinates.items()):
-            continue
-        offsets = []
-        for dim, (axes, size) in enumerate(zip(place.axes, true, strict=True)):
-            shard = 0
-            for axis in axes:
-                shard = shard * mesh[axis].size + coordinates[axis]
-            start = min(shard * local.shape[dim], size)
-            local = local.narrow(dim, 0, min(local.shape[dim], size - start))
-            offsets.append(start)
-        found.append((tuple(offsets), local))
-    return Chunks(true, tuple(found))
-
-
-def _ranks(x: Tensor, mesh: Mesh) -> Iterator[tuple[dict[str, int], Tensor]]:
-    """(coordinates, local tensor) of every rank that this process holds."""
-    if mesh.stacked:
-        yield from ((mesh.coordinates(rank), x[rank]) for rank in range(mesh.size))
-    else:
-        yield ({} if mesh.rank is None else mesh.coordinates(mesh.rank)), x
+def _params(params: Tree, model: Model, sh: Sharding, copies: bool) -> dict[str, Chunks]:
+    return {f"params.{path}": chunks for path, chunks in layers.by_layer(model, sh, params, copies).items()}
 
 
 def _everywhere(x: Tensor, mesh: Mesh, copies: bool) -> Chunks:
     """A tensor that is equal on all ranks."""
     true = tuple(x.shape[1:] if mesh.stacked else x.shape)
-    return pieces(x, Placement((), ((),) * len(true)), true, mesh, copies)
+    return chunks_of(x, Placement((), ((),) * len(true)), true, mesh, copies)
 
 
 def _named(state: Tree) -> Iterator[tuple[str, Tensor]]:
@@ -154,17 +105,6 @@ def _mirrored(path: str, leaves: Mapping[str, Leaf]) -> Leaf | None:
     """The parameter whose path ends an optimizer's leaf's: "0.mu.layers.0.attn.q" mirrors "layers.0.attn.q"."""
     parts = path.split(".")
     return next((leaves[end] for i in range(len(parts)) if (end := ".".join(parts[i:])) in leaves), None)
-
-
-def _stored_shape(leaf: Leaf, sh: Sharding) -> list[int]:
-    here = sh if leaf.param.layers is None else sh.bind({"layers": leaf.param.layers})
-    shape = [sh.mesh.size] if sh.mesh.stacked else []
-    for name, axes in zip(leaf.storage.names, leaf.storage.axes, strict=True):
-        size = here.size(name)
-        for axis in axes:
-            size //= sh.mesh[axis].size
-        shape.append(size)
-    return shape
 
 
 def _own_memory(x: Tensor) -> Tensor:
