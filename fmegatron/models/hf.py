@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,15 +37,18 @@ Leaf = tuple[torch.dtype, Callable[[], Tensor]]
 
 
 # -- in -------------------------------------------------------------------------------------------------------------
-def from_hf(folder: str | Path, sharding: Sharding | None = None, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree]:
+def from_hf(
+    folder: str | Path, sharding: Sharding | None = None, dtype: torch.dtype = torch.float32, *, vocab_pad: int = 1
+) -> tuple[Model, Tree]:
     """The model of a folder, and its parameters in `dtype`: whole, or as `sharding` stores them.
 
+    vocab_pad: the vocabulary is padded to a multiple of it, where a mesh does not divide it.
     Each process reads only the slices that its shards hold. Raises a one-line ValueError for a folder without config or
     weights, an architecture or a setting that is not supported, and a tensor that is missing, superfluous or of another
     shape.
     """
     folder = Path(folder)
-    model, family = model_of(folder)
+    model, family = model_of(folder, vocab_pad)
     sh = (sharding or SINGLE).bind(model.sizes)
     params = layers.zeros(model, sh, dtype)
     with ExitStack() as stack:
@@ -58,14 +62,14 @@ def from_hf(folder: str | Path, sharding: Sharding | None = None, dtype: torch.d
     return model, tree.map(lambda x: x.to(sh.mesh.device), params)
 
 
-def model_of(folder: Path) -> tuple[Model, str]:
+def model_of(folder: Path, vocab_pad: int = 1) -> tuple[Model, str]:
     """The model that a folder's config.json describes, and its family."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json here, so this is not a Hugging Face model folder")
     c = json.loads((folder / "config.json").read_text())
     if c.get("model_type") not in ENTRIES:
         raise ValueError(f"{folder}: model_type {c.get('model_type')!r} is not supported, only {', '.join(ENTRIES)}")
-    return gpt(config_of(c)), c["model_type"]
+    return gpt(replace(config_of(c), vocab_pad=vocab_pad)), c["model_type"]
 
 
 class Files:
@@ -107,7 +111,7 @@ def fill(path: str, chunks: Chunks, family: str, tensors: Files, model: Model) -
     if (found := tensors.shape(name)) != expected:
         raise ValueError(f"{name} has shape {found}, but this config asks for {expected} ({entry.layout})")
     for offsets, piece in chunks.pieces:
-        if piece.numel() or not chunks.pieces:
+        if piece.numel():
             box = {n: (at, at + size) for n, at, size in zip(names, offsets, piece.shape, strict=True)}
             piece.copy_(entry.cut(lambda slices: tensors.read(name, slices), names, box, part, sizes))
     if not any(piece.numel() for _, piece in chunks.pieces):

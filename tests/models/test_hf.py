@@ -1,16 +1,22 @@
-"""Logits and gradients of every family, as read from a folder that transformers wrote, equal transformers' own."""
+"""Logits and gradients of every family equal transformers' own, from its folders and, in it, from ours; bits go round."""
 
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fmegatron.models import from_hf
-from fmegatron.sharding import RULES, Sharding, unshard, virtual_mesh
+from fmegatron import tree
+from fmegatron.models import Config, from_hf, gpt, hf, to_hf
+from fmegatron.models.hf_configs import config_of, describe
+from fmegatron.models.presets import FAMILIES as PRESETS
+from fmegatron.models.presets import config
+from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard, thread_mesh, unshard, virtual_mesh
 from fmegatron.tree import to_paths
 
 SMALL = dict(
@@ -131,3 +137,111 @@ def test_errors_name_what_is_wrong(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
         from_hf(tmp_path)
+
+
+# -- out ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back(name, tmp_path):
+    """Their tensors come out of our folder bit for bit, and transformers' logits from it are ours."""
+    theirs = saved(tmp_path / "theirs", CASES[name]())
+    model, params = from_hf(tmp_path / "theirs")
+    to_hf(model, params, tmp_path / "ours", file_bytes=4096)
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    want = load_file(tmp_path / "theirs" / "model.safetensors")
+    got = {k: v for file in (tmp_path / "ours").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert got.keys() == want.keys() and [k for k in want if not torch.equal(got[k], want[k])] == []
+
+    again, loaded = from_hf(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(params), tree.leaves(loaded), strict=True))
+    tokens = torch.randint(1, 53, (2, 11))
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(back) is type(theirs) and not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits = back.double().eval()(tokens).logits
+    assert torch.equal(logits, theirs(tokens).logits)  # the same config too, to the last bit
+    assert_close(again.logits(tree.map(torch.Tensor.double, loaded), tokens), logits, "logits")
+
+
+@pytest.mark.parametrize("name", sorted(f"{family}:{size}" for family, (_, sizes) in PRESETS.items() for size in sizes))
+def test_every_preset_has_a_config(name):
+    plain = describe(config(name))
+    text = json.dumps(plain)
+    assert describe(config_of(json.loads(text))) == plain
+    known = transformers.AutoConfig.for_model(**json.loads(text))  # changes what it is given
+    [architecture] = plain["architectures"]
+    assert transformers.AutoModelForCausalLM._model_mapping[type(known)].__name__ == architecture
+
+
+def test_own_settings_are_refused_by_name(tmp_path):
+    small = dict(layers=2, embed=8, heads=2, mlp=12, vocab=11)
+    for change, message in (
+        ({"no_rope": 2}, "no_rope"), ({"sink": "one"}, "sink"), ({"qk_norm": "l2"}, "qk_norm"), ({"logit_softcap": 3.0}, "logit_s"),
+        ({"activation": "relu2"}, "activation = 'relu2' has no counterpart in a Hugging Face llama"),
+        ({"rope_fraction": 0.5}, "rope_fraction = 0.5 has no counterpart in a Hugging Face llama: its config can only say 1.0"),
+    ):  # fmt: skip
+        model = gpt(Config(**(small | change)))
+        with pytest.raises(ValueError, match=message) as error:
+            to_hf(model, model.init(), tmp_path / "out")
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_whole_or_absent(tmp_path, monkeypatch):
+    model = gpt(Config(layers=2, embed=8, heads=2, mlp=12, vocab=11, vocab_pad=8))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        to_hf(model, model.init(), tmp_path / "full")
+    params = model.init()
+    params["norm"]["weight"] = torch.zeros(5)  # a torn model: fails in the middle of the writing
+    with pytest.raises(RuntimeError):
+        to_hf(model, params, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    to_hf(model, model.init(), tmp_path / "new", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].shape == (11, 8)  # no pads
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+
+
+MESHES = {
+    "fsdp": lambda: Sharding(virtual_mesh(dp=4), RULES["fsdp"]),
+    "tp": lambda: Sharding(virtual_mesh(tp=4), RULES["tp"]),  # fewer KV heads than ranks
+    "both": lambda: Sharding(thread_mesh(dp=2, tp=2), RULES["fsdp_tp_sp"]),
+}
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_from_and_to_a_mesh(mesh, name, tmp_path):
+    saved(tmp_path / "theirs", CASES[name]())
+    model, whole = from_hf(tmp_path / "theirs", vocab_pad=8)  # 53 tokens in 56 rows
+    sh = MESHES[mesh]()
+    _, pieces = from_hf(tmp_path / "theirs", sh, vocab_pad=8)
+    for path, p in to_paths(model.declare).items():
+        here = sh.bind(model.sizes).bind({"layers": p.layers} if p.layers else {})
+        want = shard(here, unshard(SINGLE.bind(here.sizes), to_paths(whole)[path], p.names), p.names, "storage")  # the other way to the same pieces
+        assert torch.equal(to_paths(pieces)[path], want), path
+    to_hf(model, pieces, tmp_path / "ours", sh)
+    want, got = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert [k for k in want if not torch.equal(got[k], want[k])] == []
+
+
+def test_a_rank_reads_its_own_bytes_only(tmp_path, monkeypatch):
+    """Rank 1 of an 8-way mesh: what it reads, and what it ever holds, is an eighth of the model and one tensor's slice."""
+    model = gpt(Config(layers=4, embed=128, heads=8, mlp=512, vocab=512))
+    to_hf(model, model.init(), tmp_path / "hf")
+    alone = replace(abstract_mesh(dp=8), kind="device", rank=1, device="cpu")  # loading needs no peers
+    read, alive, peak, plain = [], weakref.WeakSet(), [0], hf.Files.read
+
+    def watched(self, name, slices):
+        x = plain(self, name, slices)
+        read.append(x.nbytes)
+        alive.add(x)
+        peak[0] = max(peak[0], sum(y.nbytes for y in alive))
+        return x
+
+    monkeypatch.setattr(hf.Files, "read", watched)
+    _, params = from_hf(tmp_path / "hf", Sharding(alone, RULES["fsdp"]))
+    held, total = sum(x.nbytes for x in tree.leaves(params)), 4 * model.count()
+    assert sum(read) == held and held == total / 8  # every dim divides; nothing is read twice
+    assert peak[0] <= 2 * max(read) < total / 40  # beside the shards: a slice of one tensor, and the one before it
