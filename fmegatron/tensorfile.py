@@ -76,6 +76,6 @@ def _parts(text: bytes, tensors: Mapping[str, Tensor | Lazy]) -> Iterator[memory
         given = tensors[name]
         x = given.make() if isinstance(given, Lazy) else given
         assert x.dtype == given.dtype and tuple(x.shape) == tuple(given.shape), name
-        data = memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data: memoryview = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), PIECE):
             yield data[start : start + PIECE]

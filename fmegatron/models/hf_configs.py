@@ -183,7 +183,8 @@ def describe(c: Any) -> dict[str, Any]:
     for field in fields(Config):
         a, b = getattr(ours, field.name), getattr(back, field.name)
         if a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-12)):
-            raise ValueError(f"{field.name} = {a!r} has no counterpart in a Hugging Face {family}: its config can only say {b!r}")
+            said = f"its config can only say {b!r}"
+            raise ValueError(f"{field.name} = {a!r} has no counterpart in a Hugging Face {family}: {said}")
     return plain
 
 

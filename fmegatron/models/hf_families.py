@@ -45,7 +45,12 @@ class Entry:
         return [math.prod(sizes[name] for name in group) for group in self.groups]
 
     def cut(
-        self, read: Callable[[tuple[slice, ...]], Tensor], names: Sequence[str], box: Ranges, part: int, sizes: Mapping[str, int]
+        self,
+        read: Callable[[tuple[slice, ...]], Tensor],
+        names: Sequence[str],
+        box: Ranges,
+        part: int,
+        sizes: Mapping[str, int],
     ) -> Tensor:
         """A box of our leaf number `part`, in our order of dims: `read(slices)` gives a box of their tensor.
 

@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fmegatron.train.chunks import ChunkLoadPlanner, Chunks, ChunkSavePlanner, whole
 from fmegatron.files import sync, write_atomically
+from fmegatron.sharding.chunks import Chunks, whole
+from fmegatron.train.chunks import ChunkLoadPlanner, ChunkSavePlanner
 
 __all__ = ["Chunks", "find", "latest", "load", "read_meta", "save", "step_folder", "tensors", "whole"]
 

@@ -10,7 +10,7 @@ import difflib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,23 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-
-@dataclass(frozen=True, eq=False)
-class Chunks:
-    """One global tensor, and the pieces of it that this process holds.
-
-    shape: the true (unpadded) global shape. pieces: (offsets, tensor) boxes inside it: none, one or many; also views.
-    To save, the pieces of all processes together hold each element once: a replicated piece is given by one owner.
-    To load, any boxes, also overlapping ones; they are filled in place.
-    """
-
-    shape: tuple[int, ...]
-    pieces: tuple[tuple[tuple[int, ...], torch.Tensor], ...]
-
-
-def whole(tensor: torch.Tensor) -> Chunks:
-    """The chunks of a tensor that lies here in one piece."""
-    return Chunks(tuple(tensor.shape), (((0,) * tensor.ndim, tensor),))
+from fmegatron.sharding.chunks import Chunks
 
 
 class ChunkSavePlanner(SavePlanner):

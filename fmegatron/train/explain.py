@@ -8,7 +8,6 @@ a kind of block runs once, and what it sent is remembered. So a mesh of thousand
 
 from __future__ import annotations
 
-import json as json_module
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from fmegatron import config as configs
 from fmegatron import models, optim, tree
-from fmegatron.config import ConfigError, RunConfig
+from fmegatron.config import RunConfig
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Model
-from fmegatron.models.hf_families import FAMILIES
+from fmegatron.models.hf import model_of
 from fmegatron.optim import Transform
 from fmegatron.sharding import Placement, Sharding, abstract_mesh, shard, spmd
 from fmegatron.sharding.sharding import NO_LAYOUT
@@ -252,13 +251,7 @@ def _model(config: RunConfig) -> Model:
     """The run's model, without its weights and without its text."""
     c = config.model
     if c.hf is not None:
-        file = Path(c.hf) / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"model.hf = {c.hf}: no config.json there")
-        said = json_module.loads(file.read_text())
-        if said.get("model_type") not in FAMILIES:
-            raise ConfigError(f"model.hf = {c.hf}: model_type {said.get('model_type')!r} is none of {', '.join(FAMILIES)}")
-        model = models.gpt(FAMILIES[said["model_type"]][0](said))
+        model, _ = model_of(Path(c.hf))
     elif c.function is not None:
         model = configs.imported(c.function)(**c.overrides)
     else:

@@ -176,10 +176,13 @@ def test_every_preset_has_a_config(name):
 def test_own_settings_are_refused_by_name(tmp_path):
     small = dict(layers=2, embed=8, heads=2, mlp=12, vocab=11)
     for change, message in (
-        ({"no_rope": 2}, "no_rope"), ({"sink": "one"}, "sink"), ({"qk_norm": "l2"}, "qk_norm"), ({"logit_softcap": 3.0}, "logit_s"),
+        ({"no_rope": 2}, "no_rope"),
+        ({"sink": "one"}, "sink"),
+        ({"qk_norm": "l2"}, "qk_norm"),
+        ({"logit_softcap": 3.0}, "logit_softcap"),
         ({"activation": "relu2"}, "activation = 'relu2' has no counterpart in a Hugging Face llama"),
         ({"rope_fraction": 0.5}, "rope_fraction = 0.5 has no counterpart in a Hugging Face llama: its config can only say 1.0"),
-    ):  # fmt: skip
+    ):
         model = gpt(Config(**(small | change)))
         with pytest.raises(ValueError, match=message) as error:
             to_hf(model, model.init(), tmp_path / "out")
@@ -219,7 +222,8 @@ def test_from_and_to_a_mesh(mesh, name, tmp_path):
     _, pieces = from_hf(tmp_path / "theirs", sh, vocab_pad=8)
     for path, p in to_paths(model.declare).items():
         here = sh.bind(model.sizes).bind({"layers": p.layers} if p.layers else {})
-        want = shard(here, unshard(SINGLE.bind(here.sizes), to_paths(whole)[path], p.names), p.names, "storage")  # the other way to the same pieces
+        true = unshard(SINGLE.bind(here.sizes), to_paths(whole)[path], p.names)
+        want = shard(here, true, p.names, "storage")  # the other way to the same pieces
         assert torch.equal(to_paths(pieces)[path], want), path
     to_hf(model, pieces, tmp_path / "ours", sh)
     want, got = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
