@@ -73,6 +73,10 @@ class Training:
     compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
     clip_norm: float | None = option(1.0, "largest norm of a step's gradient; none: as it is", at_least=0)
     prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
+    reshard: str = option("always", "always, never, or first-K: which layers' gathered weights are freed after the forward")
+    reduce_dtype: Literal["fp32", "bf16"] | None = option(None, "of gradients between ranks; none: fp32")
+    sum_dtype: Literal["fp32", "bf16"] | None = option(None, "in which ranks' parts are added; none: reduce_dtype")
+    check_replicas: int = option(0, "steps between comparisons of the parameters' copies on all ranks; 0: never", at_least=0)
     donate: bool = option(True, "a step reuses the memory of the state before it")
     deterministic: bool = option(True, "only kernels that give the same bits again")
 

@@ -4,30 +4,44 @@
     tensors = finish()                       waits, and does the rest
 
 A block's parameters are gathered so, and its gradients scattered: one collective an axis, however many leaves.
+
+Sums over ranks may travel in fewer bits than they are kept in. A `Wire` says so, and in which dtype the ranks' parts are
+added: in the same, by the collective itself; or in a wider one, by an all_to_all of the parts and a local sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fmegatron.sharding.collectives import AllGather, AlongDim, Op, Psum, ReduceScatter, apply
+from fmegatron.sharding.collectives import AllGather, AllToAll, AlongDim, Op, Psum, ReduceScatter, apply
 
 Plan = tuple[Op, ...]
 
 
+@dataclass(frozen=True)
+class Wire:
+    """How sums over ranks travel: in `dtype`, added in `sum`. What arrives has the dtype of what was given."""
+
+    dtype: torch.dtype
+    sum: torch.dtype
+
+
 def start(
-    xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None
+    xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
 ) -> Callable[[], list[Tensor]]:
     """Send each tensor through the ops of its plan; returns a function that waits for the results.
 
-    limit: most elements in a bucket; None is no limit. Not differentiable: for parameters and finished gradients.
+    limit: most elements in a bucket; None is no limit. wire: of sums; None is in the tensors' own dtype. Not
+    differentiable: for parameters and finished gradients.
     """
     now, left = list(xs), [list(plan) for plan in plans]
     first = _next_group(now, left, limit)
-    pending = _issue(now, left, first, rank) if first else None
+    pending = _issue(now, left, first, rank, wire) if first else None
 
     def finish() -> list[Tensor]:
         group, results = first, pending
@@ -37,15 +51,17 @@ def start(
                 now[i] = y
                 left[i].pop(0)
             group = _next_group(now, left, limit)
-            results = _issue(now, left, group, rank) if group else None
+            results = _issue(now, left, group, rank, wire) if group else None
         return now
 
     return finish
 
 
-def run_together(xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None) -> list[Tensor]:
+def run_together(
+    xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
+) -> list[Tensor]:
     """`start` and finish at once."""
-    return start(xs, plans, rank, limit)()
+    return start(xs, plans, rank, limit, wire)()
 
 
 def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | None) -> list[int]:
@@ -67,23 +83,26 @@ def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | Non
     return group
 
 
-def _issue(xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None) -> Callable[[], list[Tensor]]:
+def _issue(
+    xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None, wire: Wire | None
+) -> Callable[[], list[Tensor]]:
     """Issue the group's common op; the returned function waits for the tensors."""
     assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
     ops, mine = [left[i][0] for i in group], [xs[i] for i in group]
     axis = ops[0].axis
-    if len(group) == 1:
+    if len(group) == 1 and (wire is None or not isinstance(ops[0], ReduceScatter | Psum)):
         wait = _issue_one(mine[0], ops[0], rank)
         return lambda: [wait()]
     if isinstance(ops[0], ReduceScatter):
         pieces = [op.cut(x) for op, x in zip(ops, mine, strict=True) if isinstance(op, AlongDim)]
         flat = torch.cat([p.reshape(axis.size, -1) for p in pieces], 1).reshape(-1)
         shapes = [p.shape[1:] for p in pieces]
-        wait = _issue_one(flat, ReduceScatter(axis, 0), rank)
+        wait = _issue_sum(flat, ReduceScatter(axis, 0), rank, wire)
     else:
         flat = torch.cat([x.reshape(-1) for x in mine])
         shapes = [x.shape for x in mine]
-        wait = _issue_one(flat, AllGather(axis, 0) if isinstance(ops[0], AllGather) else Psum(axis), rank)
+        gathers = isinstance(ops[0], AllGather)
+        wait = _issue_one(flat, AllGather(axis, 0), rank) if gathers else _issue_sum(flat, Psum(axis), rank, wire)
     sizes = [shape.numel() for shape in shapes]
 
     def results() -> list[Tensor]:
@@ -106,3 +125,22 @@ def _issue_one(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:
         return lambda: y
     issued = op.issue(x, rank, via)
     return lambda: op.complete(issued, via)
+
+
+def _issue_sum(flat: Tensor, op: ReduceScatter | Psum, rank: Tensor, wire: Wire | None) -> Callable[[], Tensor]:
+    """Issue a sum over ranks of a flat bucket, as the wire says."""
+    if wire is None:
+        return _issue_one(flat, op, rank)
+    sent, axis = flat.to(wire.dtype), op.axis
+    if wire.sum == wire.dtype:
+        wait = _issue_one(sent, op, rank)
+        return lambda: wait().to(flat.dtype)
+    parts = _issue_one(F.pad(sent, (0, -len(flat) % axis.size)), AllToAll(axis, 0, 0), rank)
+
+    def total() -> Tensor:
+        mine = parts().reshape(axis.size, -1).sum(0, dtype=wire.sum)
+        if isinstance(op, ReduceScatter):
+            return mine.to(flat.dtype)
+        return _issue_one(mine.to(wire.dtype), AllGather(axis, 0), rank)()[: len(flat)].to(flat.dtype)
+
+    return total

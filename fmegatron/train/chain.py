@@ -9,7 +9,7 @@ backward part by part in the forward walk, so that one part's logits are all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,14 +48,14 @@ class Ran:
     pullback: Pullback | None
 
 
-def visits(chain: Sequence[Node], remat: Remat, freed: Callable[[Node], bool]) -> list[Node]:
-    """The order in which a walk needs the nodes' parameters; freed: whether a node's are gone when backward comes."""
+def visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
+    """The order in which a walk asks for the nodes' parameters, those left out that are still there."""
     order = list(chain)
     for segment, again in reversed(remat.segments(chain)):
         if again:
-            order += segment
+            order += [node for node in segment if not weights.keeps(node)]
         else:
-            order += [node for node in reversed(segment) if not node.chunks and freed(node)]
+            order += [node for node in reversed(segment) if weights.frees(node)]
     return order
 
 
@@ -131,7 +131,7 @@ def backward(ran: Ran, step: Step, freed: bool) -> None:
     mine = {name: step.cotangents.pop(name) for name in ran.node.writes if name in step.cotangents}
     grads = ran.pullback(mine)
     ran.pullback = None
-    step.weights.leave(ran.node, ran.own)
+    step.weights.leave(ran.node, ran.own, done=True)
     for name, x in grads["reads"].items():
         step.cotangents[name] = step.cotangents[name] + x if name in step.cotangents else x
     step.gradients.add(ran.node, grads["own"])

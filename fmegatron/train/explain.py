@@ -49,11 +49,13 @@ def explain(
     tx: Transform | None = None,
     fields: Mapping[str, str] = NAMES,
     prefetch: int = 1,
+    **settings: Any,
 ) -> Explanation:
     """Explain one train step; the sharding's mesh may be of any kind and size, only its sizes matter.
 
     batch: samples in a step over all ranks, tokens in a sample. dtype: of the computation; None is the parameters', fp32.
-    tx: the optimizer; None is AdamW. fields: {key of the batch: its names}, int64 but for weights.
+    tx: the optimizer; None is AdamW. fields: {key of the batch: its names}, int64 but for weights. settings: others of
+    `plan_step`.
     Raises ValueError in one line, with the nearest legal choice, where a leaf or the batch does not divide.
     """
     mesh, traffic = counted(abstract_mesh(**sharding.mesh.sizes))
@@ -62,7 +64,7 @@ def explain(
     bound = sh.bind({"batch": rows, "seq": seq, "loss_seq": seq})
     for names in ("batch seq", "batch seq embed", "batch loss_seq"):
         bound.placement(names, leaf="the batch")
-    plan = plan_step(model, sh, microbatches=microbatches, remat=remat, dtype=dtype, prefetch=prefetch)
+    plan = plan_step(model, sh, microbatches=microbatches, remat=remat, dtype=dtype, prefetch=prefetch, **settings)
     plan = replace(plan, compiled=Remembered(traffic))
     tx = optim.adamw(1e-3) if tx is None else tx
     shapes = {path: local_shape(sh, leaf, leaf.storage) for path, leaf in plan.leaves.items()}
@@ -214,12 +216,14 @@ def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str,
         )
         for node in plan.model.chain
     ]
+    kept = sum(n for n, node in zip(gathered, plan.model.chain, strict=True) if not plan.reshard.frees(node))
+    gathered = [n for n, node in zip(gathered, plan.model.chain, strict=True) if plan.reshard.frees(node)]
     window = plan.prefetch + 1
     return {
         "parameters": sum(row.storage_bytes for row in leaves),
         "gradients": gradients,
         "optimizer": sum(_bytes(x) for x in tree.leaves(opt_state)),
-        "gathered": max(sum(gathered[i : i + window]) for i in range(len(gathered))),
+        "gathered": kept + max((sum(gathered[i : i + window]) for i in range(len(gathered))), default=0),
     }
 
 
@@ -243,6 +247,7 @@ def main(config: RunConfig, json: bool = False) -> None:
         tx=setup.optimizer_of(config, model, setup.schedule_of(config)),
         fields=fields,
         prefetch=t.prefetch,
+        **setup.data_axes_of(config),
     )
     print(explanation.json() if json else explanation)
 

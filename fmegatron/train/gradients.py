@@ -13,7 +13,7 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.models.model import Node
 from fmegatron.sharding import Sharding
-from fmegatron.sharding.bucket import run_together, start
+from fmegatron.sharding.bucket import Wire, run_together, start
 from fmegatron.train.leaves import BUCKET, Leaf
 from fmegatron.train.weights import node_leaves
 from fmegatron.tree import Tree
@@ -22,8 +22,8 @@ from fmegatron.tree import Tree
 class Gradients:
     """Accumulators for a step; `add` a node's gradients, microbatch by microbatch, then `finish`."""
 
-    def __init__(self, sh: Sharding, leaves: dict[str, Leaf], params: dict[str, Tensor]) -> None:
-        self.sh, self.leaves = sh, leaves
+    def __init__(self, sh: Sharding, leaves: dict[str, Leaf], params: dict[str, Tensor], wire: Wire | None = None) -> None:
+        self.sh, self.leaves, self.wire = sh, leaves, wire
         self.dtypes = {path: x.dtype for path, x in params.items()}
         self.sums: dict[str, Tensor] = {}
         self.seen: set[tuple[str, int | None]] = set()
@@ -37,7 +37,7 @@ class Gradients:
         moving = [leaf.path for name, leaf in own.items() if leaf.scatter]
         shards = [values[name] for name in own]
         shards = [x.to(self.dtypes[leaf.path]) if leaf.scatter else x for x, leaf in zip(shards, own.values(), strict=True)]
-        finish = start(shards, [leaf.scatter for leaf in own.values()], self.sh.rank)
+        finish = start(shards, [leaf.scatter for leaf in own.values()], self.sh.rank, wire=self.wire)
         self.flush()
 
         def store() -> None:
@@ -85,5 +85,6 @@ class Gradients:
         paths = list(self.leaves)
         missing = [path for path in paths if path not in self.sums]
         assert not missing, f"no node reads the parameter(s) {', '.join(missing)}"
-        done = run_together([self.sums[p] for p in paths], [self.leaves[p].finish for p in paths], self.sh.rank, BUCKET)
+        sums, plans = [self.sums[p] for p in paths], [self.leaves[p].finish for p in paths]
+        done = run_together(sums, plans, self.sh.rank, BUCKET, self.wire)
         return tree.unflatten(tree.flatten(like)[1], done)

@@ -31,6 +31,7 @@ from fmegatron.train import checkpoint, metrics, report, saving, setup
 from fmegatron.train.book import Book
 from fmegatron.train.evaluate import held_out, make_evaluate
 from fmegatron.train.progress import progress
+from fmegatron.train.replicas import make_check
 from fmegatron.train.signals import any_rank, stop_on_signals
 from fmegatron.train.state import TrainState, init
 from fmegatron.train.step import make_step
@@ -70,6 +71,7 @@ class Trainer:
     step: Callable[..., Any]
     compiled: bool
     evaluate: Callable[..., Any]
+    check: Callable[[Any], None]
     schedule: setup.Schedule
 
     @property
@@ -145,6 +147,8 @@ class Trainer:
             while done < steps and not any_rank(stop.requested, device=self.sh.mesh.device):
                 state, numbers = self.step(state, next(feed))
                 done += 1
+                if _due(done, c.training.check_replicas):
+                    self.check(state.params)
                 measured = _due(done, c.validation.interval) or done == steps
                 book.add(done, numbers, partial(self._measure, state, whole=done == steps) if measured else None)
                 if _due(done, c.checkpoint.interval) and done < steps:
@@ -238,6 +242,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         compile=compiled,
         dtype=dtype,
         prefetch=t.prefetch,
+        **setup.data_axes_of(c),
         donate=t.donate and mesh.kind != "virtual",
     )
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
@@ -253,6 +258,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         step=step,
         compiled=compiled,
         evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch),
+        check=make_check(model, sh),
         schedule=schedule,
     )
 

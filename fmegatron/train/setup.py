@@ -260,6 +260,15 @@ def dtype_of(c: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if c.training.dtype == "bf16" else None
 
 
+def data_axes_of(c: RunConfig) -> dict[str, Any]:
+    """Settings of `plan_step` about what travels over the data axes, and when."""
+    t, dtypes = c.training, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if t.sum_dtype is not None and t.reduce_dtype is None:
+        raise ConfigError(f"training.sum_dtype = {t.sum_dtype} needs a training.reduce_dtype: without, all is fp32")
+    chosen = {"reduce_dtype": t.reduce_dtype, "sum_dtype": t.sum_dtype}
+    return {"reshard": t.reshard} | {name: dtypes[dtype] for name, dtype in chosen.items() if dtype}
+
+
 def tokenizer_file(source: Source) -> str | None:
     """What `tokenizers.load` takes to read the text again."""
     return source.corpus.tokenizer if source.corpus is not None else None

@@ -21,13 +21,14 @@ from fmegatron import random, tree
 from fmegatron.models.model import Model, Values
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.bucket import Wire
 from fmegatron.sharding.collectives import Pmax, Psum
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.state import Over, TrainState, over_ranks
-from fmegatron.train.weights import Weights
+from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
 
@@ -46,6 +47,8 @@ class Plan:
     microbatches: int = 1
     dtype: torch.dtype | None = None
     prefetch: int = 1
+    reshard: Reshard = ALWAYS
+    wire: Wire | None = None
     compiled: Engine | None = None
     weights: tuple[tuple[str, float], ...] = ()
 
@@ -68,11 +71,16 @@ def plan_step(
     compile: bool = False,
     dtype: torch.dtype | None = None,
     prefetch: int = 1,
+    reshard: str = "always",
+    reduce_dtype: torch.dtype | None = None,
+    sum_dtype: torch.dtype | None = None,
     term_weights: Mapping[str, float] | None = None,
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
-    dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead.
+    dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead. reshard:
+    when gathered parameters are freed, see `parse_reshard`. reduce_dtype: in which gradients travel between ranks (None: in
+    that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same).
     term_weights: {term: factor in the loss}, 1 where a term is not named.
     """
     if compile and sh.mesh.stacked:
@@ -85,7 +93,22 @@ def plan_step(
         sh = sh.recomputing(policy.recompute)
     weights = tuple((term_weights or {}).items())
     compiled = Compiled() if compile else None
-    return Plan(model, sh, plan_leaves(model, sh), policy, microbatches, dtype, prefetch, compiled, weights)
+    if sum_dtype is not None and reduce_dtype is None:
+        raise ValueError(f"sum_dtype = {sum_dtype}: it is of gradients that travel in fewer bits, give reduce_dtype too")
+    wire = Wire(reduce_dtype, sum_dtype or reduce_dtype) if reduce_dtype is not None else None
+    return Plan(
+        model=model,
+        sh=sh,
+        leaves=plan_leaves(model, sh),
+        remat=policy,
+        microbatches=microbatches,
+        dtype=dtype,
+        prefetch=prefetch,
+        reshard=parse_reshard(reshard),
+        wire=wire,
+        compiled=compiled,
+        weights=weights,
+    )
 
 
 def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Tensor | None = None) -> tuple[Tree, Metrics]:
@@ -101,10 +124,9 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Te
     seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
     engine = plan.engine
-    weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free=engine is not FUNC)
-    order = visits(model.chain, plan.remat, weights.frees)
-    weights.plan(order * plan.microbatches)
-    gradients = Gradients(sh, plan.leaves, stored)
+    weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free=engine is not FUNC, reshard=plan.reshard)
+    weights.plan(visits(model.chain, plan.remat, weights) * plan.microbatches)
+    gradients = Gradients(sh, plan.leaves, stored, plan.wire)
     losses: dict[str, Tensor] = {}
     taps: dict[str, Tensor] = {}
     for part in split(values, plan.microbatches):

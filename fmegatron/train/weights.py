@@ -3,12 +3,14 @@
 `Weights` walks the visits that a step will make to nodes, in order. Each visit hands out the node's parameters as they lie
 in use; the gather of the next visit's is already under way. What was gathered (or cast) is freed when the node is left:
 its bytes go, its tensors stay, so that a backward graph that saved them works again once `restore` has filled them.
+A `Reshard` names the nodes that are not freed before their backward is over: memory for half of the gathers.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +35,30 @@ def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
     return own
 
 
+@dataclass(frozen=True)
+class Reshard:
+    """Which nodes' gathered parameters are freed after the forward: the embedding's and the first `layers` layers'."""
+
+    layers: float = float("inf")  # 0: none at all
+
+    def frees(self, node: Node) -> bool:
+        """Whether it is freed after its forward."""
+        return self.layers > 0 and node.index <= self.layers
+
+
+ALWAYS = Reshard()
+
+
+def parse_reshard(text: str) -> Reshard:
+    """The policy of a name; raises ValueError naming the legal ones."""
+    count = text.removeprefix("first-")
+    if text.startswith("first-") and count.isdigit() and int(count) > 0:
+        return Reshard(int(count))
+    if text not in ("always", "never"):
+        raise ValueError(f"reshard is always, never, or first-K (first-8: the later layers stay gathered), not {text!r}")
+    return ALWAYS if text == "always" else Reshard(0)
+
+
 class Weights:
     """Parameters of the planned visits' nodes, one visit after the other, gathered `ahead` visits early."""
 
@@ -44,8 +70,11 @@ class Weights:
         dtype: torch.dtype | None,
         ahead: int,
         free: bool,
+        reshard: Reshard = ALWAYS,
     ) -> None:
         self.sh, self.leaves, self.params, self.dtype, self.free = sh, leaves, params, dtype, free
+        self.reshard = reshard
+        self.kept: dict[int, Tree] = {}  # by a node's number: gathered, and not freed before its backward
         self.visits: deque[Node] = deque()
         self.ahead = ahead
         self.pending: deque[tuple[Node, Callable[[], list[Tensor]]]] = deque()
@@ -77,16 +106,23 @@ class Weights:
             self.pending.append((node, start(shards, [leaf.gather for leaf in own], self.sh.rank)))
 
     def take(self, node: Node) -> Tree:
-        """The parameters of the next visit, which must be to `node`."""
+        """The parameters of the next visit, which must be to `node`; or what was kept of its last one."""
+        if node.index in self.kept:
+            return self.kept[node.index]
         self._start_more()
         planned, finish = self.pending.popleft()
         assert planned is node, "the step left its planned order of visits"
         values = finish()
-        self._start_more()
-        return tree.from_paths(dict(zip(node_leaves(node, self.leaves), values, strict=True)))
+        own: Tree = tree.from_paths(dict(zip(node_leaves(node, self.leaves), values, strict=True)))
+        if self.keeps(node):
+            self.kept[node.index] = own
+        return own
 
-    def leave(self, node: Node, own: Tree) -> None:
-        """Free the bytes of what was gathered for a node."""
+    def leave(self, node: Node, own: Tree, done: bool = False) -> None:
+        """Free the bytes of what was gathered for a node; of one that is kept, once its backward is done."""
+        if self.keeps(node) and not done:
+            return
+        self.kept.pop(node.index, None)
         for x in self._freeable(node, own):
             x.untyped_storage().resize_(0)
 
@@ -104,6 +140,14 @@ class Weights:
         values: dict[str, Any] = tree.to_paths(own)
         return [values[name] for name, leaf in node_leaves(node, self.leaves).items() if leaf.gather]
 
+    def keeps(self, node: Node) -> bool:
+        """Whether a node's parameters stay gathered from its forward to its backward."""
+        return self._needs_again(node) and not self.reshard.frees(node)
+
     def frees(self, node: Node) -> bool:
         """Whether a node's backward finds its parameters gone and needs them again."""
-        return self.free and not node.linear and any(leaf.gather for leaf in node_leaves(node, self.leaves).values())
+        return self._needs_again(node) and self.free and self.reshard.frees(node)
+
+    def _needs_again(self, node: Node) -> bool:
+        gathers = any(leaf.gather for leaf in node_leaves(node, self.leaves).values())
+        return gathers and not node.linear and not node.chunks

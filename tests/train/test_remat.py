@@ -103,15 +103,21 @@ def test_selective_drops_the_residuals_of_the_parts_it_names():
 def test_visits_are_the_order_in_which_parameters_are_needed():
     chain = model().chain
     number = {id(node): i for i, node in enumerate(chain)}
+    sh = Sharding(abstract_mesh(fsdp=8), RULES["fsdp"])
+    leaves = plan_step(model(embed=64, mlp=256), sh).leaves
 
-    def order(remat, freed):
-        return [number[id(node)] for node in visits(chain, parse_remat(remat), lambda node: freed)]
+    def order(remat, free, reshard="always"):
+        given = weights.Weights(sh, leaves, {}, None, 1, free, weights.parse_reshard(reshard))
+        return [number[id(node)] for node in visits(chain, parse_remat(remat), given)]
 
     forward = list(range(LAYERS + 3))
     assert order("none", False) == forward
-    assert order("none", True) == forward + [5, 4, 3, 2, 1, 0]  # the loss (6) went back in its forward
-    assert order("full", True) == forward + [5, 4, 3, 2, 1, 0]
-    assert order("every-2", True) == forward + [5, 3, 4, 1, 2, 0]  # a segment runs again forwards
+    assert order("none", True) == forward + [5, 4, 3, 2, 1]  # the loss (6) went back in its forward, a lookup (0) needs none
+    assert order("full", True) == forward + [5, 4, 3, 2, 1]
+    assert order("every-2", True) == forward + [5, 3, 4, 1, 2]  # a segment runs again forwards
+    for remat in ("none", "full", "every-2"):
+        assert order(remat, True, "never") == order(remat, False, "never") == forward
+    assert order("none", True, "first-2") == order("full", True, "first-2") == forward + [2, 1]
 
 
 def test_policies_have_names():
@@ -127,7 +133,7 @@ def test_policies_have_names():
 def test_parameters_in_use_are_gathered_a_block_ahead_and_freed_behind(remat):
     """Under fsdp, whole parameters exist for two blocks at a time: this one's, and the next one's on their way."""
     assert 1 <= peak_in_use(remat, weights.Weights.leave) <= 2
-    assert remat != "none" or peak_in_use(remat, lambda self, node, own: None) > 2  # never left: the test sees it
+    assert remat != "none" or peak_in_use(remat, lambda self, node, own, done: None) > 2  # never left: the test sees it
 
 
 def peak_in_use(remat, leave):
@@ -146,9 +152,9 @@ def peak_in_use(remat, leave):
             peak[0] = max(peak[0], bytes_now())
             return own
 
-        def leave(self, node, own):
+        def leave(self, node, own, done=False):
             peak[0] = max(peak[0], bytes_now())
-            leave(self, node, own)
+            leave(self, node, own, done)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(step, "Weights", Watched)
