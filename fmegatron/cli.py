@@ -17,6 +17,9 @@ from fmegatron.config import ConfigError
 from fmegatron.toml import option
 
 
+FLAGS = ("--append-eod", "--append_eod")  # options that a word alone turns on
+
+
 @dataclass(frozen=True)
 class Tokenize:
     """Options of `tokenize`."""
@@ -24,7 +27,7 @@ class Tokenize:
     output: str = option("data", "prefix of the written .bin and .idx")
     tokenizer: str | None = option(None, "tokenizer.json, its folder, byte, null; none: learn OUTPUT.tokenizer.json")
     vocab_size: int = option(32768, "of the tokenizer that is learned", at_least=257)
-    append_eod: bool = option(True, "end each document with the tokenizer's end-of-document token")
+    append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
     workers: int = option(1, "processes", at_least=1)
     key: str = option("text", "where a line of .jsonl has its text")
 
@@ -123,7 +126,7 @@ def _run(words: list[str], flags: dict[str, bool]) -> int:
     if flags["--json"] and name != "explain":
         raise ConfigError(f"command line: {name} has no --json")
     sys.path.insert(0, os.getcwd())  # import paths in a configuration are seen from here, as with python -m
-    function(*toml.words(rest), flags["--json"])
+    function(*toml.words(rest, FLAGS), flags["--json"])
     return 0
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
@@ -61,10 +61,14 @@ def loads(text: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
         raise ConfigError(f"not valid TOML: {error}") from None
 
 
-def words(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Positional words, and the table of `--a.b value` and `--a.b=value`; keys may have `-` for `_`, the last wins."""
+def words(args: Sequence[str], flags: Container[str] = ()) -> tuple[list[str], dict[str, Any]]:
+    """Positional words, and the table of `--a.b value` and `--a.b=value`; keys may have `-` for `_`, the last wins.
+
+    A word of `flags` alone means true.
+    """
     positional, table = [], dict[str, Any]()
-    rest = iter(args)
+    rest = iter([f"{word}=true" if word in flags and after not in ("true", "false") else word
+                 for word, after in zip(args, [*args[1:], ""], strict=True)])  # fmt: skip
     for word in rest:
         if not word.startswith("--"):
             positional.append(word)

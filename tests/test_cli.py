@@ -57,6 +57,11 @@ def test_tokenize_learns_a_tokenizer_and_writes_tokens(tmp_path, monkeypatch, ca
     assert {"data.bin", "data.idx", "data.tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
     again = ["tokenize", "a.txt", "--tokenizer", "data.tokenizer.json", "--append-eod", "false", "--output", "o"]
     assert cli.main(again) == 0 and "o.bin: 1 documents" in capsys.readouterr().out
+    sizes = [(tmp_path / "o.bin").stat().st_size]
+    for words in (["--append-eod", *again[1:-4]], [*again[1:-4], "--append-eod"]):
+        assert cli.main(["tokenize", *words, "--output=o"]) == 0
+        sizes.append((tmp_path / "o.bin").stat().st_size)
+    assert sizes[1] == sizes[2] == sizes[0] + 2
     assert cli.main(["tokenize", "gone.txt", "--tokenizer", "byte"]) == 2
     assert "gone.txt" in capsys.readouterr().err
 
