@@ -16,7 +16,6 @@ from fmegatron import config, toml
 from fmegatron.config import ConfigError
 from fmegatron.toml import option
 
-
 FLAGS = ("--append-eod", "--append_eod")  # options that a word alone turns on
 
 

@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, fields, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -68,7 +69,7 @@ def words(args: Sequence[str], flags: Container[str] = ()) -> tuple[list[str], d
     """
     positional, table = [], dict[str, Any]()
     rest = iter([f"{word}=true" if word in flags and after not in ("true", "false") else word
-                 for word, after in zip(args, [*args[1:], ""], strict=True)])  # fmt: skip
+                 for word, after in zip_longest(args, args[1:])])  # fmt: skip
     for word in rest:
         if not word.startswith("--"):
             positional.append(word)
