@@ -42,6 +42,21 @@ class Generate:
     seed: int = option(0, "of the draws", at_least=0)
 
 
+@dataclass(frozen=True)
+class Pipelines:
+    """Options of `explain --pipeline`."""
+
+    pipeline: str = option("all", "a schedule, several (1f1b,zbv), all, or a .csv in TorchTitan's format")
+    ranks: int = option(4, "of the pipeline", at_least=1)
+    virtual: int | None = option(None, "stages a rank; none: the fewest that a schedule is made for", at_least=1)
+    microbatches: int = option(8, "of a step", at_least=1)
+    forward: float = option(1.0, "duration of a rank's forward of a microbatch", at_least=0)
+    inputs: float = option(1.0, "duration of its input gradients", at_least=0)
+    weights: float = option(1.0, "duration of its weight gradients", at_least=0)
+    send: float = option(0.0, "duration of a transfer to the next rank", at_least=0)
+    picture: str | None = option(None, "a .png or .svg to draw the timelines in")
+
+
 def train(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """CONFIG.toml|quickstart: train, or go on with the run in --run.dir"""
     (name,) = _exactly(words, "CONFIG.toml|quickstart")
@@ -52,7 +67,14 @@ def train(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
-    """CONFIG.toml|quickstart [--json]: leaves, placements, bytes and collectives of a step, before anything runs"""
+    """CONFIG.toml|quickstart [--json]: leaves, placements, bytes and collectives of a step, before anything runs;
+    explain --pipeline SCHEDULE|all [--ranks 4 --microbatches 8 --picture FILE.svg]: timelines of pipelines"""
+    if isinstance(table.get("pipeline"), str):
+        _exactly(words)
+        options = toml.update(Pipelines(), table, "command line")
+        from fmegatron.train.pipeline import show
+        show.main(json=json, **{f.name: getattr(options, f.name) for f in fields(options)})
+        return
     (name,) = _exactly(words, "CONFIG.toml|quickstart")
     run = config.load(name, table)
     from fmegatron.train import explain

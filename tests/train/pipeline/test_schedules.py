@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fmegatron import cli
 from fmegatron.train.pipeline import formulas
 from fmegatron.train.pipeline.schedule import Action, Schedule, parse, with_transfers
 from fmegatron.train.pipeline.schedules import SCHEDULES, VIRTUAL, make_schedule
@@ -169,3 +171,17 @@ def test_text():
     assert lines[0] == "interleaved_1f1b: 2 ranks, 4 stages; span 15, bubble 25.0%, peak activations 4 3"
     assert lines[1].split()[2:9] == ["F0", "F1", "F0'", "F1'", ".", ".", "B0'"]
     assert set(VIRTUAL) < set(SCHEDULES)
+
+
+def test_explain_prints_and_draws(tmp_path, capsys):
+    words = "explain --pipeline 1f1b,zbv --ranks 2 --microbatches 4 --inputs 1.5 --picture"
+    for suffix, start in ((".svg", b"<?xml"), (".png", b"\x89PNG")):
+        assert cli.main([*words.split(), str(tmp_path / f"a{suffix}")]) == 0
+        assert (tmp_path / f"a{suffix}").read_bytes().startswith(start)
+    out = capsys.readouterr().out
+    assert "1f1b: 2 ranks, 2 stages; span 17.5, bubble 25.0%, peak activations 2 1" in out and "bubble by formula 25.0%" in out
+    assert cli.main(["explain", "--pipeline", "all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found] == list(SCHEDULES) and found[0]["bars"][0]["action"] == "0F0"
+    assert cli.main("explain --pipeline dualpipev --microbatches 3".split()) == 2
+    assert capsys.readouterr().err.endswith("not 3: use 8, or zbv\n")

@@ -1,0 +1,44 @@
+"""`fmegatron explain --pipeline`: schedules as text, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+from fmegatron.train.pipeline import formulas
+from fmegatron.train.pipeline.draw import draw
+from fmegatron.train.pipeline.schedules import SCHEDULES, make_schedule
+from fmegatron.train.pipeline.timeline import Durations, Timeline, simulate
+
+
+def main(
+    *,
+    pipeline: str,
+    ranks: int,
+    virtual: int | None,
+    microbatches: int,
+    forward: float,
+    inputs: float,
+    weights: float,
+    send: float,
+    picture: str | None = None,
+    json: bool = False,
+) -> None:
+    """Print the timelines of schedules, with bubble, peak activations and their formulas; draw them if asked.
+
+    forward, inputs, weights: of all layers of a rank, so that schedules of one and of several stages a rank compare.
+    """
+    names = list(SCHEDULES) if pipeline == "all" else pipeline.split(",")
+    timelines, lines = list[Timeline](), list[str]()
+    for name in names:
+        schedule = make_schedule(name, ranks, virtual, microbatches)
+        stages = schedule.stages // schedule.ranks
+        durations = Durations(forward / stages, inputs / stages, weights / stages, send)
+        timelines.append(simulate(schedule, durations))
+        expected = formulas.bubble(name, ranks, stages, microbatches, durations)
+        lines.append("no formula for these sizes and durations" if expected is None else f"bubble by formula {expected:.1%}")
+    if json:
+        print("[" + ",\n".join(timeline.json() for timeline in timelines) + "]")
+    else:
+        print("\n\n".join(f"{timeline}\n{line}" for timeline, line in zip(timelines, lines, strict=True)))
+    if picture is not None:
+        where = draw(timelines, picture)
+        if not json:
+            print(f"\n{where}")
