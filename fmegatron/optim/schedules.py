@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,28 +21,39 @@ Schedule = Callable[[Tensor], Tensor]
 SHAPES = ("linear", "cosine", "exponential", "minus_sqrt")
 
 
-def constant(peak: float | Tensor, *, warmup: int = 0, init: float = 0.0) -> Schedule:
+@dataclass(frozen=True)
+class Rate:
+    """A schedule that knows its peak, the lr0 of a decay that is relative to it."""
+
+    peak: float | Tensor
+    fn: Schedule
+
+    def __call__(self, count: Tensor) -> Tensor:
+        return self.fn(count)
+
+
+def constant(peak: float | Tensor, *, warmup: int = 0, init: float = 0.0) -> Rate:
     """peak, after the warmup."""
     return _warmed(peak, warmup, init, lambda t: torch.zeros_like(t) + peak)
 
 
 def linear(
     peak: float | Tensor, *, warmup: int = 0, steps: int, min: float | Tensor = 0.0, init: float = 0.0
-) -> Schedule:
+) -> Rate:
     """A straight line from peak to min: c = 1 - r."""
     return _decayed(peak, warmup, steps, min, init, lambda r: 1 - r)
 
 
 def cosine(
     peak: float | Tensor, *, warmup: int = 0, steps: int, min: float | Tensor = 0.0, init: float = 0.0
-) -> Schedule:
+) -> Rate:
     """Half a cosine from peak to min: c = (1 + cos(pi r)) / 2."""
     return _decayed(peak, warmup, steps, min, init, lambda r: 0.5 * (torch.cos(math.pi * r) + 1))
 
 
 def inverse_sqrt(
     peak: float | Tensor, *, warmup: int = 0, steps: int | None = None, min: float | Tensor = 0.0, init: float = 0.0
-) -> Schedule:
+) -> Rate:
     """max(min, peak sqrt(warmup / t)), both counted as at least 1; min after `steps`, if given."""
 
     def after(t: Tensor) -> Tensor:
@@ -55,7 +67,7 @@ def inverse_sqrt(
 def wsd(
     peak: float | Tensor, *, warmup: int = 0, steps: int, decay: int, shape: str = "linear",
     min: float | Tensor = 0.0, init: float = 0.0,
-) -> Schedule:
+) -> Rate:
     """Warmup, stable, decay: peak until the last `decay` of `steps`, then with q from 0 to 1 by shape:
     linear 1 - q, cosine (1 + cos(pi q)) / 2, exponential 2 * 0.5**q - 1, minus_sqrt 1 - sqrt(q)."""
     if shape not in SHAPES:
@@ -78,7 +90,7 @@ def schedule(value: float | Tensor | Schedule) -> Schedule:
 
 def _decayed(
     peak: float | Tensor, warmup: int, steps: int, min: float | Tensor, init: float, c: Callable[[Tensor], Tensor]
-) -> Schedule:
+) -> Rate:
     """min + c(r) (peak - min) after the warmup, min after `steps`."""
     if warmup > steps:
         raise ValueError(f"a warmup of {warmup} steps does not fit into {steps} steps")
@@ -90,7 +102,7 @@ def _decayed(
     return _warmed(peak, warmup, init, after)
 
 
-def _warmed(peak: float | Tensor, warmup: int, init: float, after: Callable[[Tensor], Tensor]) -> Schedule:
+def _warmed(peak: float | Tensor, warmup: int, init: float, after: Callable[[Tensor], Tensor]) -> Rate:
     """The line from init to peak until `warmup`, then `after`."""
     if warmup < 0:
         raise ValueError(f"a warmup of {warmup} steps: must be at least 0")
@@ -99,4 +111,4 @@ def _warmed(peak: float | Tensor, warmup: int, init: float, after: Callable[[Ten
         t = count.double()
         return torch.where(t <= warmup, init + (peak - init) * (t / warmup), after(t)) if warmup else after(t)
 
-    return rate
+    return Rate(peak, rate)
