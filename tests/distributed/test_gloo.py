@@ -27,7 +27,7 @@ EAGER = [  # every way to store and every way to compute
     "fsdp_tp_sp dp=2 tp=2 microbatches=2 remat=full",
     "zero1_tp dp=2 tp=2 prefetch=0",
 ]
-COMPILED = ["fsdp_tp_sp tp=2 compile=1 layers=1"]  # on two processes: each compiles its own graphs
+COMPILED = ["fsdp_tp_sp dp=2 tp=2 compile=1 layers=1", "fsdp dp=4 compile=1 remat=full layers=1"]
 MORE = [
     "fsdp_tp_sp dp=2 tp=2 compile=1 remat=full",
     "tp tp=4 compile=1",
@@ -37,9 +37,9 @@ MORE = [
 ]
 
 
-def torchrun(cases, timeout, processes=4):
+def torchrun(cases, timeout):
     """Run cases on processes of their own; AssertionError with the output where one of them dies."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, str(RANKS), *cases], capture_output=True, text=True, timeout=timeout, env=environment)
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -58,7 +58,7 @@ compiles = pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_
 
 @compiles
 def test_compiled():
-    torchrun(COMPILED, 300, processes=2)
+    torchrun(COMPILED, 500)
 
 
 @pytest.mark.long
