@@ -4,45 +4,42 @@
     meta = load("run/checkpoints", {"params.layers.7.attn.q": Chunks((512, 512), other_pieces)})     # fills the pieces
 
 A checkpoint knows no mesh and no rules: only each tensor's true shape and the boxes it was written in. So every mesh
-reads what any other wrote. On disk (`torch.distributed.checkpoint` files beside one of ours):
+reads what any other wrote. On disk:
 
-    run/checkpoints/latest                  the name of the last good step; replaced by one rename
-    run/checkpoints/step-00000100/          appears by one rename, complete or not at all
-        .metadata, __<rank>_0.distcp        torch's: boxes and bytes. `.metadata` is a pickle: load only files you trust
-        meta.json                           ours: the step and the caller's `meta`
+    run/checkpoints/latest                      the name of the last good step; replaced by one rename
+    run/checkpoints/step-00000100/              appears by one rename, complete or not at all
+        manifest.json                           boxes, hashes and the caller's `meta`, see manifest.py
+        rank-00000.safetensors                  what that rank gave: any reader of safetensors opens it
 
 Names that start with a dot are unfinished business of a save that was killed; the next save clears it away.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import difflib
+import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fmegatron.files import sync, write_atomically
-from fmegatron.sharding.chunks import Chunks, whole
-from fmegatron.train.chunks import ChunkLoadPlanner, ChunkSavePlanner
+from fmegatron import tensorfile
+from fmegatron.files import write_atomically
+from fmegatron.sharding.chunks import Chunks, check_tiling, inside, overlap, whole
+from fmegatron.train import manifest, steps
+from fmegatron.train.dcp import Stored
+from fmegatron.train.manifest import Store, box_name, is_checkpoint, open_store
+from fmegatron.train.steps import AnyPath, find, latest, step_folder
+from fmegatron.train.together import Group, is_first, on_first, share, together
 
-__all__ = ["Chunks", "find", "latest", "load", "read_meta", "save", "step_folder", "tensors", "whole"]
-
-T = TypeVar("T")
-AnyPath = str | os.PathLike[str]
-Group = dist.ProcessGroup | None
+__all__ = ["Chunks", "damage", "find", "latest", "load", "newest_good", "read_meta", "save", "step_folder", "tensors", "whole"]
 
 
+
+# -- save -----------------------------------------------------------------------------------------------------------
 def save(
     folder: AnyPath,
     step: int,
@@ -50,179 +47,194 @@ def save(
     meta: Mapping[str, Any],
     *,
     keep: int = 0,
+    keep_every: int = 0,
     group: Group = None,
 ) -> Path:
     """Write the checkpoint of one step, make it the latest, then delete the oldest but `keep` (0: none).
 
-    With torch.distributed initialised every rank of `group` calls this; ranks may hold different keys. `meta` is JSON.
+    keep_every: steps that it divides are never deleted (0: no such steps). With torch.distributed initialised every rank
+    of `group` calls this; ranks may hold different keys. `meta` is JSON.
     A kill at any moment leaves the last good checkpoint. An error is raised on every rank; ValueError where shapes,
     dtypes or the tiling of the pieces are at fault. Checkpoints of later steps (of a run that was taken up again from
     an earlier one) are neither counted nor deleted.
     """
     final = step_folder(folder, step)
     root, temporary = final.parent, final.with_name(f".tmp-{final.name}")
+    name = f"rank-{share(group).start or 0:05d}.safetensors"
 
-    def prepare() -> None:
-        text = json.dumps({"format": 1, "step": step, "meta": dict(meta)}, indent=1, allow_nan=False)
+    def prepare(plans: list[Plan]) -> None:
+        stored = _merge(plans)
+        manifest.dumps(step, meta, stored, {})  # meta that is no JSON is found before anything is written
         root.mkdir(parents=True, exist_ok=True)
-        _clean(root)
+        steps.clean(root)
         temporary.mkdir()
-        write_atomically(temporary / "meta.json", text)
 
-    def publish() -> None:
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        _replace(temporary, final)
+    def write() -> tuple[Plan, tuple[str, int, str] | None]:
+        own = {
+            box_name(key, tuple(chunks.shape), box): piece
+            for key, chunks in items.items()
+            for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)
+            if piece.numel()
+        }
+        if not own:
+            return plan, None
+        digest = tensorfile.write(temporary / name, own)
+        return plan, (name, (temporary / name).stat().st_size, digest)
+
+    def publish(written: list[tuple[Plan, tuple[str, int, str] | None]]) -> None:
+        files = {given[0]: given[1:] for _, given in written if given is not None}
+        text = manifest.dumps(step, meta, _merge([part for part, _ in written]), files)
+        write_atomically(temporary / manifest.NAME, text)
+        steps.replace(temporary, final)
         write_atomically(root / "latest", final.name + "\n")
-        done = [path for path in _steps(root) if path.name <= final.name]
-        for path in done[:-keep] if keep else []:
-            _delete(path)
+        for path in steps.superseded(final, keep, keep_every):
+            steps.delete(path)
 
-    _on_first(prepare, group)
+    plan: Plan = {}
+
+    def plan_own() -> Plan:
+        plan.update(_plan(items, name))
+        return plan
+
+    together(plan_own, prepare, group)
     try:
-        with _errors():
-            state_dict_saver.save(
-                dict(items),
-                storage_writer=FileSystemWriter(temporary),
-                planner=ChunkSavePlanner(),
-                process_group=group,
-                no_dist=not dist.is_initialized(),
-            )
-        _on_first(publish, group)
+        together(write, publish, group)
     except BaseException:
-        if not dist.is_initialized() or dist.get_rank(group) == 0:
+        if is_first(group):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
-def load(path: AnyPath, wanted: Mapping[str, Chunks], *, group: Group = None) -> dict[str, Any]:
-    """Fill the wanted pieces in place, from one step's folder or the latest of a folder of steps; return its `meta`.
+Plan = dict[str, tuple[tuple[int, ...], set[torch.dtype], list[Any], str]]  # key: shape, dtypes, boxes, file
 
-    A floating dtype becomes the wanted piece's. ValueError before anything is filled: no checkpoint, a key that it has
-    not, another global shape, a dtype of another kind. With torch.distributed initialised every rank calls this.
-    """
 
-    def open_() -> tuple[str, dict[str, Any]]:
-        found = find(path)
-        return str(found), read_meta(found)
-
-    found, meta = _on_first(open_, group)
-    with _errors():
-        state_dict_loader.load(
-            dict(wanted),
-            storage_reader=FileSystemReader(found),
-            planner=ChunkLoadPlanner(found),
-            process_group=group,
-            no_dist=not dist.is_initialized(),
+def _plan(items: Mapping[str, Chunks], name: str) -> Plan:
+    """What this rank writes."""
+    return {
+        key: (
+            tuple(chunks.shape),
+            {piece.dtype for _, piece in chunks.pieces},
+            [box for box in chunks.boxes(key) if math.prod(box[1])],
+            name,
         )
-    return meta
+        for key, chunks in items.items()
+    }
+
+
+def _merge(plans: list[Plan]) -> dict[str, tuple[Stored, list[str]]]:
+    """What all ranks write together; ValueError unless their boxes tile every tensor."""
+    merged = {}
+    for key in dict.fromkeys(key for plan in plans for key in plan):
+        held = [plan[key] for plan in plans if key in plan]
+        shapes, dtypes = {shape for shape, *_ in held}, set[torch.dtype]().union(*(dtypes for _, dtypes, *_ in held))
+        if len(shapes) > 1 or len(dtypes) > 1:
+            raise ValueError(f"{key}: pieces disagree: shapes {sorted(shapes)}, dtypes {sorted(map(str, dtypes))}")
+        boxes = [(box, name) for *_, own, name in held for box in own]
+        stored = Stored(shapes.pop(), min(dtypes, key=str, default=torch.float32), tuple(box for box, _ in boxes))
+        check_tiling(key, stored.shape, stored.boxes)
+        merged[key] = stored, [name for _, name in boxes]
+    return merged
+
+
+# -- load -----------------------------------------------------------------------------------------------------------
+def load(path: AnyPath, wanted: Mapping[str, Chunks], *, verify: bool = True, group: Group = None) -> dict[str, Any]:
+    """Fill the wanted pieces in place, from one step's folder or the newest good one of a folder of steps; its `meta`.
+
+    verify: hash every file first, each rank a share of them. A floating dtype becomes the wanted piece's. ValueError
+    before anything is filled: no checkpoint, a damaged one, a key that it has not, another global shape, a dtype of
+    another kind. A damaged step of a folder of steps is warned of. With torch.distributed initialised every rank calls this.
+    """
+    found, said = newest_good(path, verify=verify, group=group)
+    for line in said:
+        warnings.warn(line, stacklevel=2)
+    if found is None:
+        raise ValueError(f"no checkpoint in {path}: it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}")
+    store = open_store(found)
+    together(lambda: check_wanted(found, store, wanted), lambda _: None, group)
+    together(lambda: fill(store, wanted), lambda _: None, group)
+    return store.meta
+
+
+def newest_good(path: AnyPath, *, verify: bool = True, group: Group = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in a folder whose files are what was written, and a line for each one that is not.
+
+    The step that `latest` names comes first, then those before it, then those after. A step's own folder is taken as it
+    is: ValueError where it is damaged, as where all are. None where there are no steps.
+    """
+    root = Path(path)
+    own = on_first(lambda: is_checkpoint(root), group)
+    candidates = [root] if own else on_first(lambda: steps.candidates(root), group)
+    said: list[str] = []
+    for candidate in candidates:
+        bad = damage(candidate, verify=verify, group=group)
+        if not bad:
+            return candidate, said
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        said.append(f"checkpoint {candidate} is damaged: {bad[0]}{more}")
+        if own:
+            raise ValueError(said[0])
+    if said:
+        others = f"; so are {len(said) - 1} more, and there is no good one" if len(said) > 1 else "; there is no other"
+        raise ValueError(said[0] + others)
+    return None, []
+
+
+def damage(folder: AnyPath, *, verify: bool = True, group: Group = None) -> list[str]:
+    """What is wrong with one step's checkpoint, a line each; files are hashed where `verify`, each rank a share."""
+
+    def own() -> list[str]:
+        try:
+            store = open_store(Path(folder))
+        except (ValueError, OSError) as error:
+            return [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder} is damaged: ")]
+        return store.damage(share(group)) if verify else []
+
+    return together(own, lambda lists: list(dict.fromkeys(line for lines in lists for line in lines)), group)
+
+
+def check_wanted(path: AnyPath, store: Store, wanted: Mapping[str, Chunks]) -> None:
+    """ValueError, naming the first, where wanted tensors are not there, or of another shape or kind of dtype."""
+    problems = [problem for key, chunks in wanted.items() if (problem := _problem(store, key, chunks))]
+    if problems:
+        more = f" (and {len(problems) - 1} more of {len(wanted)} tensors)" if len(problems) > 1 else ""
+        raise ValueError(f"checkpoint {path}: {problems[0]}{more}")
+
+
+def _problem(store: Store, key: str, chunks: Chunks) -> str | None:
+    stored = store.tensors.get(key)
+    if stored is None:
+        near = difflib.get_close_matches(key, store.tensors, n=1)
+        return f'no tensor "{key}" of shape {tuple(chunks.shape)}' + (f'; nearest is "{near[0]}"' if near else "")
+    if stored.shape != tuple(chunks.shape):
+        return f'"{key}" has shape {stored.shape}, wanted is {tuple(chunks.shape)}'
+    for _, piece in chunks.pieces:
+        if piece.dtype != stored.dtype and not (piece.is_floating_point() and stored.dtype.is_floating_point):
+            shapes = f"of shape {stored.shape} has dtype {stored.dtype}, wanted is {tuple(chunks.shape)}"
+            return f'"{key}" {shapes} {piece.dtype}; only floating dtypes are converted'
+    return None
+
+
+def fill(store: Store, wanted: Mapping[str, Chunks]) -> None:
+    """Fill pieces from the boxes that a store holds of them."""
+    with store.reading() as read:
+        for key, chunks in wanted.items():
+            filled = 0
+            here = [(box, piece.detach()) for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)]
+            for saved in store.tensors[key].boxes:
+                for box, piece in here:
+                    common = overlap(saved, box)
+                    if common is not None:
+                        piece[inside(common, box[0])].copy_(read(key, saved, common))
+                        filled += math.prod(common[1])
+            assert filled == sum(piece.numel() for _, piece in chunks.pieces), f"{key}: the saved boxes leave holes"
 
 
 def tensors(path: AnyPath) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{key: (global shape, dtype)} of a checkpoint, without reading its data."""
-    stored = FileSystemReader(find(path)).read_metadata().state_dict_metadata
-    return {
-        key: (tuple(tensor.size), tensor.properties.dtype)
-        for key, tensor in stored.items()
-        if isinstance(tensor, TensorStorageMetadata)
-    }
+    return {key: (stored.shape, stored.dtype) for key, stored in open_store(find(path)).tensors.items()}
 
 
 def read_meta(path: AnyPath) -> dict[str, Any]:
     """The `meta` that was given to `save`."""
-    meta: dict[str, Any] = json.loads((find(path) / "meta.json").read_text(encoding="utf-8"))["meta"]
-    return meta
-
-
-def find(path: AnyPath) -> Path:
-    """`path` if it is one step's folder, else the latest in it; ValueError if there is none."""
-    root = Path(path)
-    found = root if (root / "meta.json").is_file() else latest(root)
-    if found is None:
-        raise ValueError(f"no checkpoint in {root}: it holds neither meta.json nor folders step-*/meta.json")
-    return found
-
-
-def latest(folder: AnyPath) -> Path | None:
-    """The folder of the last good checkpoint: the one that the marker names, else the highest step; None if none."""
-    root = Path(folder)
-    marker = root / "latest"
-    if marker.is_file():
-        named = root / marker.read_text(encoding="utf-8").strip()
-        for path in (named, _aside(named)):
-            if (path / "meta.json").is_file():
-                return path
-    steps = _steps(root) or sorted(path for path in root.glob(".old-step-*") if (path / "meta.json").is_file())
-    return steps[-1] if steps else None
-
-
-def step_folder(folder: AnyPath, step: int) -> Path:
-    """Where the checkpoint of a step lies. Names sort as steps do."""
-    return Path(folder) / f"step-{step:08d}"
-
-
-def _steps(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if (path / "meta.json").is_file())
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".old-{path.name}")
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    if final.exists():  # a folder cannot be renamed onto a full one; killed between the renames, `latest` looks aside
-        os.rename(final, _aside(final))
-    os.rename(temporary, final)
-    sync(final.parent)
-    shutil.rmtree(_aside(final), ignore_errors=True)
-
-
-def _delete(path: Path) -> None:
-    doomed = path.with_name(f".tmp-{path.name}")  # a half-deleted folder never has a step's name
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _clean(root: Path) -> None:
-    for old in root.glob(".old-*"):
-        final = old.with_name(old.name.removeprefix(".old-"))
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            os.rename(old, final)
-    for unfinished in root.glob(".tmp-*"):
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink()
-
-
-def _on_first(fn: Callable[[], T], group: Group) -> T:
-    """Run `fn` on the first rank alone; every rank returns its value or raises its error. Also a barrier."""
-    if not dist.is_initialized():
-        return fn()
-    answer: list[Any] = [None]
-    if dist.get_rank(group) == 0:
-        try:
-            answer = [(fn(), None)]
-        except BaseException as error:
-            answer = [(None, error)]
-    dist.broadcast_object_list(answer, group=group, group_src=0)
-    value, failure = answer[0]
-    if failure is not None:
-        raise failure
-    return value
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """torch gathers the ranks' errors into one exception and raises it on all: raise the first of them as itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as gathered:
-            error, _ = next(iter(gathered.failures.values()))
-            raise error from gathered
+    return open_store(find(path)).meta

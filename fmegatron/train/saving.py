@@ -14,9 +14,10 @@ Pads are cut off, and what several ranks hold is given by one of them: the one w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
@@ -36,31 +37,108 @@ AnyPath = str | os.PathLike[str]
 COUNTERS = ("step", "key", "consumed", "skipped")
 
 
-def save(folder: AnyPath, model: Model, sh: Sharding, state: TrainState, meta: Mapping[str, Any], *, keep: int = 0) -> Path:
+Strict = Literal["both", "missing", "extra", "none"]
+Say = Callable[[str], None]
+
+
+def save(
+    folder: AnyPath,
+    model: Model,
+    sh: Sharding,
+    state: TrainState,
+    meta: Mapping[str, Any],
+    *,
+    keep: int = 0,
+    keep_every: int = 0,
+) -> Path:
     """Write a state as the checkpoint of step `step + skipped` and return its folder; every process calls this."""
-    return checkpoint.save(folder, steps_so_far(state), items(model, sh, state), meta, keep=keep)
+    return checkpoint.save(folder, steps_so_far(state), items(model, sh, state), meta, keep=keep, keep_every=keep_every)
 
 
-def load(path: AnyPath, model: Model, sh: Sharding, state: TrainState) -> TrainState:
+def load(
+    path: AnyPath,
+    model: Model,
+    sh: Sharding,
+    state: TrainState,
+    *,
+    strict: Strict = "both",
+    say: Say = print,
+    verify: bool = True,
+) -> TrainState:
     """The state of a checkpoint, written on any mesh, in the tensors of `state` (a fresh one), which are filled in place.
 
-    Raises ValueError in one line where the checkpoint is of another model or optimizer.
+    strict: what is an error: tensors that the checkpoint lacks ("missing": they keep their values), tensors that nobody
+    asks for ("extra"), "both" or "none"; what is no error is told to `say`. Raises ValueError in one line, naming the
+    first such tensor: the checkpoint is of another model or optimizer.
     """
     state = tree.map(_own_memory, state)
-    wanted = items(model, sh, state, copies=True)
-    _same_keys(path, wanted, "")
-    checkpoint.load(path, wanted)
+    found = _found(path, verify)
+    wanted = select(found, items(model, sh, state, copies=True), "", strict, say)
+    checkpoint.load(found, wanted, verify=False)
     return state
 
 
-def load_params(path: AnyPath, model: Model, sh: Sharding, dtype: torch.dtype = torch.float32) -> Tree:
-    """Only the parameters of a checkpoint, as `sh` stores them; every process calls this."""
+def load_params(
+    path: AnyPath,
+    model: Model,
+    sh: Sharding,
+    dtype: torch.dtype = torch.float32,
+    *,
+    start: Tree = None,
+    strict: Strict = "both",
+    say: Say = print,
+    verify: bool = True,
+) -> Tree:
+    """Only the parameters of a checkpoint, as `sh` stores them; every process calls this.
+
+    start: values for what the checkpoint lacks, where `strict` allows that (None: zeros); strict, say: see `load`.
+    """
     sh = sh.bind(model.sizes)
-    params = layers.zeros(model, sh, dtype)
-    wanted = _params(params, model, sh, copies=True)
-    _same_keys(path, wanted, "params.")
-    checkpoint.load(path, wanted)
+    params = layers.zeros(model, sh, dtype) if start is None else tree.map(lambda x: _own_memory(x.to(dtype)), start)
+    found = _found(path, verify)
+    wanted = select(found, _params(params, model, sh, copies=True), "params.", strict, say)
+    checkpoint.load(found, wanted, verify=False)
     return tree.map(lambda x: x.to(sh.mesh.device), params)
+
+
+def select(path: Path, wanted: dict[str, Chunks], prefix: str, strict: Strict, say: Say) -> dict[str, Chunks]:
+    """What of `wanted` the checkpoint holds; `prefix`: which of its tensors are expected to be asked for."""
+    held = checkpoint.tensors(path)
+    missing = [key for key in wanted if key not in held]
+    extra = [key for key in held if key.startswith(prefix) and key not in wanted]
+    for kind, keys, text in (
+        ("missing", missing, "lacks {}, which keep their values"),
+        ("extra", extra, "holds {}, which this model or optimizer has not"),
+    ):
+        if not keys:
+            continue
+        line = f"checkpoint {path} " + text.format(keys[0] + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""))
+        if strict not in ("both", kind):
+            say(line)
+        elif kind == "extra":
+            raise ValueError(f"{line} (checkpoint.strict decides)")
+    return wanted if strict in ("both", "missing") else {key: wanted[key] for key in wanted if key in held}
+
+
+def _found(path: AnyPath, verify: bool) -> Path:
+    """The newest good checkpoint there."""
+    found, said = checkpoint.newest_good(path, verify=verify)
+    for line in said:
+        warnings.warn(line, stacklevel=3)
+    return found if found is not None else checkpoint.find(path)
+
+
+def params_only(items: Mapping[str, Chunks], dtype: torch.dtype | None = None) -> dict[str, Chunks]:
+    """The parameters among the items of a state, in an export dtype (None: as they are)."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x if dtype is None else x.to(dtype)
+
+    return {
+        key: Chunks(chunks.shape, tuple((offsets, cast(x)) for offsets, x in chunks.pieces))
+        for key, chunks in items.items()
+        if key.startswith("params.")
+    }
 
 
 def steps_so_far(state: TrainState) -> int:
@@ -110,11 +188,3 @@ def _mirrored(path: str, leaves: Mapping[str, Leaf]) -> Leaf | None:
 def _own_memory(x: Tensor) -> Tensor:
     """x itself, or a copy where its elements share memory (ranks of a vmap that hold one value)."""
     return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() and x.numel() > 1 else x
-
-
-def _same_keys(path: AnyPath, wanted: Mapping[str, Chunks], prefix: str) -> None:
-    """ValueError where the checkpoint has tensors that nobody asks for: it is of a larger model."""
-    more = [key for key in checkpoint.tensors(path) if key.startswith(prefix) and key not in wanted]
-    if more:
-        count = f" (and {len(more) - 1} more)" if len(more) > 1 else ""
-        raise ValueError(f"checkpoint {checkpoint.find(path)} holds {more[0]}{count}, which this model or optimizer has not")

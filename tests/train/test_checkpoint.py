@@ -329,4 +329,4 @@ def test_two_processes(tmp_path: Path) -> None:
     full: Any = torch.zeros(6, 8)
     load(tmp_path / "run", {"rows": whole(full)})
     assert torch.equal(full, torch.arange(48.0).reshape(6, 8))
-    assert json.loads((tmp_path / "run/step-00000002/meta.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "run/step-00000002/manifest.json").read_text())["step"] == 2
