@@ -1,0 +1,15 @@
+"""MosaicML's MDS shards: written, read, streamed from elsewhere, mixed and shuffled as pure functions of (seed, epoch)."""
+
+from fmegatron.data.mds.cache import Cache, Place
+from fmegatron.data.mds.encodings import Encoding, encoding
+from fmegatron.data.mds.index import FileInfo, ShardInfo
+from fmegatron.data.mds.partition import partition, traversal
+from fmegatron.data.mds.sampling import Weight, choose, resample
+from fmegatron.data.mds.shard import Shard
+from fmegatron.data.mds.shuffle import shuffle
+from fmegatron.data.mds.writer import MDSWriter
+
+__all__ = [
+    "Cache", "Encoding", "FileInfo", "MDSWriter", "Place", "Shard", "ShardInfo", "Weight", "choose", "encoding", "partition",
+    "resample", "shuffle", "traversal",
+]  # fmt: skip
