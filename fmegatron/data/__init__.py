@@ -1,33 +1,52 @@
 """Data: from text to batches. A batch is a pure function of (seed, consumed samples, split)."""
 
-from fmegatron.data.batches import Batch, batch_at, held_out_batches, rows_at
+from fmegatron.data.batches import Batch, Rows, batch_at, held_out_batches, rows_at
 from fmegatron.data.blending import blend_index
+from fmegatron.data.chat import Chat, load_chat
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.corpus import Corpus, quickstart
+from fmegatron.data.cycle import Cycle, InOrder, Skip
 from fmegatron.data.gpt_indices import GptIndex, gpt_index
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from fmegatron.data.pack import Packed, PackIndex, StepIndex, Steps, by_length, first_fit, one_each
 from fmegatron.data.place import batches
 from fmegatron.data.prepare import Counts, tokenize, write_documents
 from fmegatron.data.samples import HeldOut, Samples
+from fmegatron.data.sft import Conversations, Turns
 from fmegatron.data.text import Document, documents, stdlib_documents
 
 __all__ = [
     "Batch",
+    "Chat",
+    "Conversations",
     "Corpus",
     "Counts",
+    "Cycle",
     "Document",
     "GptIndex",
     "HeldOut",
+    "InOrder",
     "IndexedDataset",
     "IndexedWriter",
+    "PackIndex",
+    "Packed",
+    "Rows",
     "Samples",
+    "Skip",
+    "StepIndex",
+    "Steps",
+    "Turns",
     "batch_at",
     "batches",
     "blend_index",
+    "by_length",
     "compressed_sizes",
     "documents",
+    "first_fit",
     "gpt_index",
     "held_out_batches",
+    "load_chat",
+    "one_each",
     "quickstart",
     "rows_at",
     "stdlib_documents",

@@ -3,38 +3,60 @@
     batch_at(samples, consumed, global_batch)     samples consumed … consumed + global_batch - 1
     rows_at(samples, numbers)                     any of them: a data-parallel rank reads its own rows only
 
-A batch: tokens, labels, positions, documents int64 [batch, seq]; weights float32 [batch, seq]; sample int64 [batch].
+A batch of text: tokens, labels, positions, documents int64 [batch, seq]; weights float32 [batch, seq]; sample int64
+[batch]. Other rows may have other keys: of one dim they are "batch", of two "batch seq".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fmegatron.data.prefetch import prefetch
-from fmegatron.data.samples import HeldOut, Row
+from fmegatron.data.samples import Row
 
 Batch = dict[str, Tensor]
-Batches = Generator[Batch, None, None]  # close() ends its thread, as does dropping it
+Batches = Generator[Batch, None, None]  # close() ends its threads, as does dropping it
 Place = Callable[[str, Tensor, str], Tensor]  # (key, global rows, names) -> what this rank holds of them
+Own = Sequence[int] | Callable[[int], Sequence[int]]  # which rows of a global batch to read, or that by its size
 
 NAMES = dict.fromkeys(("tokens", "labels", "weights", "positions", "documents"), "batch seq") | {"sample": "batch"}
 
 
 class Rows(Protocol):
-    """Samples or HeldOut: anything that makes a row from its number."""
+    """Anything that makes a row from its number."""
 
     def row(self, number: int) -> Row: ...
 
 
-def rows_at(samples: Rows, numbers: Iterable[int]) -> Batch:
-    """The rows of these sample numbers, in this order."""
+@runtime_checkable
+class RowsOfSteps(Rows, Protocol):
+    """Rows whose steps are of unequal size: the numbers of the step that `consumed` samples came before."""
+
+    def step(self, consumed: int) -> range: ...
+
+
+class FiniteBatches(Rows, Protocol):
+    """Rows once, as batches of `batch` rows, padding included."""
+
+    batch: int
+
+    def numbers(self) -> Iterator[range]: ...
+
+
+def rows_at(samples: Rows, numbers: Iterable[int], drop: Collection[str] = (), pin: bool = False) -> Batch:
+    """The rows of these sample numbers, in this order, less the entries in `drop`.
+
+    `pin`: in memory that a GPU copies from without waiting.
+    """
     rows = [samples.row(number) for number in numbers]
-    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in NAMES}
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0] if key not in drop}
+    return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
 
 
 def batch_at(samples: Rows, consumed: int, global_batch: int) -> Batch:
@@ -44,39 +66,65 @@ def batch_at(samples: Rows, consumed: int, global_batch: int) -> Batch:
 
 def batches(
     samples: Rows,
-    global_batch: int,
+    global_batch: int | None = None,
     consumed: int = 0,
     *,
     place: Place | None = None,
-    rows: Sequence[int] | None = None,
+    rows: Own | None = None,
+    drop: Collection[str] = (),
     ahead: int = 2,
+    workers: int = 1,
+    pin: bool = False,
 ) -> Batches:
-    """Training batches without end, starting after `consumed` samples and made ahead by a background thread.
+    """Training batches without end, starting after `consumed` samples and made ahead by background threads.
 
-    `rows` are those of the global batch to read (all, unless given); `place(key, tensor, names)` puts each tensor where
-    it belongs, in the caller's thread.
+    `global_batch` None: as many rows a step as `samples.step` says. `rows` are those of the global batch to read (all,
+    unless given), `drop` the entries to leave out; `place(key, tensor, names)` puts each tensor where it belongs, in the
+    caller's thread. A batch without "documents" lets attention cross from one document into the next.
     """
-    if global_batch < 1 or consumed < 0:
+    if (global_batch is not None and global_batch < 1) or consumed < 0:
         raise ValueError(f"global_batch {global_batch} must be at least 1, consumed {consumed} at least 0")
-    chosen = range(global_batch) if rows is None else rows
-    starts = _count(consumed, global_batch)
-    return _placed((rows_at(samples, (start + row for row in chosen)) for start in starts), place, ahead)
+    if global_batch is None and not isinstance(samples, RowsOfSteps):
+        raise ValueError(f"{type(samples).__name__} has no steps of its own: give a global_batch")
+    own = (_own(numbers, rows) for numbers in _steps(samples, global_batch, consumed))
+    return _placed(prefetch(partial(rows_at, samples, drop=drop, pin=pin), own, ahead, workers), place)
 
 
 def held_out_batches(
-    held_out: HeldOut, *, place: Place | None = None, rows: Sequence[int] | None = None, ahead: int = 2
+    held_out: FiniteBatches,
+    *,
+    place: Place | None = None,
+    rows: Own | None = None,
+    drop: Collection[str] = (),
+    ahead: int = 2,
+    pin: bool = False,
 ) -> Batches:
-    """The held-out split once, as batches of one size; `place` and `rows` as in `batches`."""
-    chosen = range(held_out.batch) if rows is None else rows
-    return _placed((rows_at(held_out, (n[row] for row in chosen)) for n in held_out.numbers()), place, ahead)
+    """The held-out split once, as batches of one size; the rest as in `batches`."""
+    own = (_own(numbers, rows) for numbers in held_out.numbers())
+    return _placed(prefetch(partial(rows_at, held_out, drop=drop, pin=pin), own, ahead), place)
 
 
-def _placed(made: Iterator[Batch], place: Place | None, ahead: int) -> Batches:
-    for batch in prefetch(made, ahead):
-        yield {key: place(key, value, NAMES[key]) for key, value in batch.items()} if place else batch
+def _placed(made: Batches, place: Place | None) -> Batches:
+    for batch in made:
+        yield {key: place(key, x, names(x)) for key, x in batch.items()} if place else batch
 
 
-def _count(start: int, step: int) -> Iterator[int]:
+def names(x: Tensor) -> str:
+    """The names of a batch's entry."""
+    return "batch seq" if x.ndim == 2 else "batch"
+
+
+def _own(numbers: range, rows: Own | None) -> list[int]:
+    chosen = range(len(numbers)) if rows is None else rows(len(numbers)) if callable(rows) else rows
+    return [numbers[row] for row in chosen]
+
+
+def _steps(samples: Rows, global_batch: int | None, consumed: int) -> Iterator[range]:
     while True:
-        yield start
-        start += step
+        if global_batch is None:
+            assert isinstance(samples, RowsOfSteps)
+            step = samples.step(consumed)
+        else:
+            step = range(consumed, consumed + global_batch)
+        yield step
+        consumed = step.stop

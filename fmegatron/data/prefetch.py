@@ -1,52 +1,34 @@
-"""Work done ahead by one background thread."""
+"""Work done ahead by background threads."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Iterable
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
-def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
-    """The same items, up to `ahead` of them made in advance; `ahead` 0 is no thread.
+def prefetch(make: Callable[[A], B], items: Iterable[A], ahead: int, workers: int = 1) -> Generator[B, None, None]:
+    """`make(item)` of each item in order, up to `ahead` of them made in advance by `workers` threads; `ahead` 0: none.
 
-    An error is raised where its item would have come. Closing the generator, or leaving it to be collected, ends the
-    thread.
+    `items` is read in the caller's thread, as far ahead as that. An error is raised where its value would have come.
+    Closing the generator, or leaving it to be collected, ends the threads.
     """
     if ahead == 0:
-        yield from items
+        yield from (make(item) for item in items)
         return
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(ahead)
-    stopped = threading.Event()
-
-    def work() -> None:
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
         try:
             for item in items:
-                ready.put(("item", item))
-                if stopped.is_set():
-                    return
-            ready.put(("end", None))
-        except BaseException as error:  # whatever it is, it belongs to the reader
-            ready.put(("error", error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        while thread.is_alive():  # the thread may wait to put one last thing
-            try:
-                ready.get(timeout=0.01)
-            except queue.Empty:
-                pass
-        thread.join()
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -79,6 +79,14 @@ class Trainer:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def _dropped(self) -> tuple[str, ...]:
+        return () if self.config.data.document_mask else ("documents",)
+
+    @property
+    def _pin(self) -> bool:
+        return self.sh.mesh.device.startswith("cuda")
+
     def describe(self) -> str:
         """What will run, in one line."""
         c, mesh = self.config, self.sh.mesh
@@ -141,7 +149,9 @@ class Trainer:
                 c.training.global_batch,
                 int(state.consumed.flatten()[0]),
                 place=placer(self.sh),
-                rows=own_rows(self.sh, c.training.global_batch),
+                rows=partial(own_rows, self.sh),
+                drop=self._dropped,
+                pin=self._pin,
             )
             stack.callback(feed.close)
             while done < steps and not any_rank(stop.requested, device=self.sh.mesh.device):
@@ -184,7 +194,9 @@ class Trainer:
         rows = self.source.held_out(c, batch, part)
         if rows is None:
             return {}
-        feed = held_out_batches(rows, place=placer(self.sh), rows=own_rows(self.sh, batch))
+        feed = held_out_batches(
+            rows, place=placer(self.sh), rows=partial(own_rows, self.sh), drop=self._dropped, pin=self._pin
+        )
         return held_out(self.evaluate, state.params, feed, rows.bytes)
 
     # -- close ------------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+import time
 from itertools import islice
 
 import pytest
@@ -89,18 +90,21 @@ def test_rows_in_any_order(data: IndexedDataset) -> None:
 
 
 def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_prefetch_keeps_order_and_raises_where_the_error_was(ahead: int) -> None:
-    def items() -> Iterator[int]:
-        yield from range(5)
-        raise KeyError("here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_prefetch_keeps_order_and_raises_where_the_error_was(ahead: int, threads: int) -> None:
+    def make(n: int) -> int:
+        time.sleep(0.002 * (n % 3 == 0))  # every third is slow
+        if n == 5:
+            raise KeyError("here")
+        return n * n
 
-    assert list(prefetch(iter(range(10)), ahead)) == list(range(10))
-    reader = prefetch(items(), ahead)
-    assert list(islice(reader, 5)) == list(range(5))
+    assert list(prefetch(make, range(5), ahead, threads)) == [n * n for n in range(5)]
+    reader = prefetch(make, range(9), ahead, threads)
+    assert list(islice(reader, 5)) == [n * n for n in range(5)]
     with pytest.raises(KeyError, match="here"):
         next(reader)
     assert not workers()
@@ -110,19 +114,16 @@ def test_prefetch_works_ahead_no_further_and_ends_when_closed(data: IndexedDatas
     made = threading.Semaphore(0)
     count = []
 
-    def items() -> Iterator[int]:
-        n = 0
-        while True:
-            count.append(n)
-            made.release()
-            yield n
-            n += 1
+    def make(n: int) -> int:
+        count.append(n)
+        made.release()
+        return n
 
-    reader = prefetch(items(), 2)
+    reader = prefetch(make, itertools.count(), 2)
     assert next(reader) == 0
-    for _ in range(4):  # one taken, two ready, one in hand
+    for _ in range(3):  # one taken, two ready
         assert made.acquire(timeout=5)
-    assert not made.acquire(timeout=0.05) and len(count) == 4
+    assert not made.acquire(timeout=0.05) and count == [0, 1, 2]
     reader.close()
     assert not workers()
 
