@@ -52,7 +52,7 @@ TEMPLATES = MappingProxyType({
 class Generation(jinja2.ext.Extension):
     """The `generation` block: its text, between marks."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

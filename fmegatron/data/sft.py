@@ -101,7 +101,7 @@ class Turns:
             )
         self.seq, self.kept = seq, np.flatnonzero(lengths <= seq) if long == "drop" else np.arange(len(lengths))
         if not len(self.kept):
-            raise ValueError(f"all {len(lengths)} are longer than seq {seq}, the longest has {lengths.max(initial=0)}")
+            raise ValueError(f"all {len(lengths)} are longer than seq {seq}: raise it to {lengths.max(initial=1)}")
         self.lengths: Ints = np.minimum(lengths[self.kept], seq)
 
     def __getitem__(self, index: int) -> Piece:

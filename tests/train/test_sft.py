@@ -33,8 +33,8 @@ def folder(tmp_path_factory) -> Path:
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path)
     for name, numbers in {"train": range(24), "valid": range(30, 35)}.items():
-        lines = [{"messages": [{"role": "user", "content": f"add one to {n % 5}"},
-                               {"role": "assistant", "content": f"the answer is {n % 5 + 1}" + " 1" * (n % 3)}]} for n in numbers]
+        pairs = [(f"add one to {n % 5}", f"the answer is {n % 5 + 1}" + " 1" * (n % 3)) for n in numbers]
+        lines = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
         (path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return path
 
