@@ -52,7 +52,9 @@ TEMPLATES = MappingProxyType({
 class Generation(jinja2.ext.Extension):
     """The `generation` block: its text, between marks."""
 
-    tags = frozenset({"generation"})
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -7,6 +7,8 @@ for batch in batches(corpus, sh, seq=1024, global_batch=32, seed=0):
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +35,12 @@ def batches(
     or with a leading dim of ranks where it holds all. Which samples a step sees does not depend on the mesh.
     """
     samples = corpus.samples(seq, seed, reset_positions=reset_positions)
-    return rows_of(samples, global_batch, consumed, place=placer(sh), rows=own_rows(sh, global_batch), ahead=ahead)
+    return rows_of(samples, global_batch, consumed, ahead=ahead, **reading(sh))
+
+
+def reading(sh: Sharding) -> dict[str, Any]:
+    """Arguments of `data.batches.batches`: each process reads its own rows and keeps its part of them."""
+    return {"place": placer(sh), "rows": partial(own_rows, sh), "pin": sh.mesh.device.startswith("cuda")}
 
 
 def shards_of(sh: Sharding) -> int:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from fmegatron import toml
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data.batches import batches, held_out_batches
-from fmegatron.data.place import own_rows, placer, shards_of
+from fmegatron.data.place import reading, shards_of
 from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import checkpoint, metrics, report, saving, setup
@@ -33,6 +33,7 @@ from fmegatron.train.evaluate import held_out, make_evaluate
 from fmegatron.train.progress import progress
 from fmegatron.train.replicas import make_check
 from fmegatron.train.signals import any_rank, stop_on_signals
+from fmegatron.train.source import Source, source_of, tokenizer_file
 from fmegatron.train.state import TrainState, init
 from fmegatron.train.step import make_step
 
@@ -65,7 +66,7 @@ class Trainer:
     first: bool  # whether this process writes and speaks
     say: setup.Say
     sh: Sharding
-    source: setup.Source
+    source: Source
     model: Model
     init: Callable[[], TrainState]
     step: Callable[..., Any]
@@ -80,12 +81,10 @@ class Trainer:
         return self.folder / "checkpoints"
 
     @property
-    def _dropped(self) -> tuple[str, ...]:
-        return () if self.config.data.document_mask else ("documents",)
-
-    @property
-    def _pin(self) -> bool:
-        return self.sh.mesh.device.startswith("cuda")
+    def _reading(self) -> dict[str, Any]:
+        """How this process reads batches: its own rows, to where they belong."""
+        drop = () if self.config.data.document_mask else ("documents",)
+        return reading(self.sh) | {"drop": drop}
 
     def describe(self) -> str:
         """What will run, in one line."""
@@ -123,7 +122,7 @@ class Trainer:
 
     def _meta(self) -> dict[str, Any]:
         plain = asdict(self.model.config) if is_dataclass(self.model.config) else None  # type: ignore[arg-type]
-        meta = {"config": toml.dumps(self.config), "tokenizer": setup.tokenizer_file(self.source)}
+        meta = {"config": toml.dumps(self.config), "tokenizer": tokenizer_file(self.source)}
         return meta | {"model": plain and _json(plain)}
 
     # -- train ------------------------------------------------------------------------------------------------------
@@ -148,10 +147,7 @@ class Trainer:
                 self.source.rows,
                 c.training.global_batch,
                 int(state.consumed.flatten()[0]),
-                place=placer(self.sh),
-                rows=partial(own_rows, self.sh),
-                drop=self._dropped,
-                pin=self._pin,
+                **self._reading,
             )
             stack.callback(feed.close)
             while done < steps and not any_rank(stop.requested, device=self.sh.mesh.device):
@@ -194,10 +190,7 @@ class Trainer:
         rows = self.source.held_out(c, batch, part)
         if rows is None:
             return {}
-        feed = held_out_batches(
-            rows, place=placer(self.sh), rows=partial(own_rows, self.sh), drop=self._dropped, pin=self._pin
-        )
-        return held_out(self.evaluate, state.params, feed, rows.bytes)
+        return held_out(self.evaluate, state.params, held_out_batches(rows, **self._reading), rows.bytes)
 
     # -- close ------------------------------------------------------------------------------------------------------
     def close(self, state: TrainState, finished: bool, sample: Sampler | None) -> None:
@@ -239,7 +232,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
     folder = c.run.folder
     sh = Sharding(mesh, setup.rules_of(c.sharding))
     setup.check_batch(c, shards_of(sh))
-    source = setup.on_first(mesh, lambda: setup.source_of(c, say))
+    source = setup.on_first(mesh, lambda: source_of(c, say))
     model, params = setup.model_of(c, source, sh)
     schedule = setup.schedule_of(c)
     tx = setup.optimizer_of(c, model, schedule)
@@ -275,14 +268,14 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
     )
 
 
-def _prepare(c: RunConfig, folder: Path, source: setup.Source) -> None:
+def _prepare(c: RunConfig, folder: Path, source: Source) -> None:
     """The run's folder, with its configuration and its tokenizer; emptied of a run's files where it starts over."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in OURS if c.run.fresh else ():
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / "config.toml").write_text(toml.dumps(replace(c, run=replace(c.run, fresh=False))), encoding="utf-8")
-    tokenizer = Path(setup.tokenizer_file(source) or "")
+    tokenizer = Path(tokenizer_file(source) or "")
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")

@@ -1,0 +1,81 @@
+"""A run's text: the rows to train on, the held-out ones, and the tokenizer, as the configuration names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmegatron import config as configs
+from fmegatron import data
+from fmegatron.config import ConfigError, RunConfig
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Training rows, and what is known of them: held-out text, the tokenizer, what compressors make of the held-out text."""
+
+    rows: Any  # data.batches.Rows
+    corpus: data.Corpus | data.Conversations | None = None
+    compressors: Mapping[str, float] = field(default_factory=dict)
+
+    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.InOrder | None:
+        """Held-out rows in batches, `limit` rows at most; None where there is no such text."""
+        if self.corpus is None or self.corpus.valid is None:
+            return None
+        return self.corpus.held_out(c.data.seq, batch, limit=limit, reset_positions=c.data.reset_positions)
+
+
+def source_of(c: RunConfig, say: Say) -> Source:
+    """The text of a run, tokenized first where it is the standard library."""
+    d = c.data
+    corpus: data.Corpus | data.Conversations
+    if d.sft is not None:
+        corpus = _conversations(c)
+    elif d.source == "stdlib":
+        corpus = data.quickstart(d.cache or c.run.folder.parent / "cache", d.vocab_size, say)
+    elif ":" in d.source and not Path(f"{d.source}.idx").exists():
+        made = configs.imported(d.source)(**d.arguments)
+        if not isinstance(made, data.Corpus):
+            if not hasattr(made, "row"):
+                raise ConfigError(f"data.source = {d.source}: returned {type(made).__name__}, not a Corpus nor rows")
+            return Source(_left(made, d.skip))
+        corpus = made
+    else:
+        for suffix in (".bin", ".idx"):
+            if not Path(d.source + suffix).is_file():
+                raise ConfigError(f"data.source = {d.source}: no file {d.source}{suffix} (fmegatron tokenize writes them)")
+        tokenizer = d.tokenizer or c.model.hf
+        if tokenizer is None:
+            raise ConfigError("data.tokenizer: name the tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
+        corpus = data.Corpus(d.source, tokenizer, d.valid)
+    rows = _left(corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions), d.skip)
+    bits = corpus.bits_per_byte if isinstance(corpus, data.Corpus) else {}
+    return Source(rows, corpus, {f"{name} -9": value for name, value in bits.items()})
+
+
+def _conversations(c: RunConfig) -> data.Conversations:
+    d, tokenizer = c.data, c.data.tokenizer or c.model.hf
+    if tokenizer is None:
+        raise ConfigError("data.sft: name the data.tokenizer (a Hugging Face folder, tokenizer.json, byte), or a model.hf")
+    assert d.sft is not None
+    cache = d.cache or c.run.folder.parent / "cache"
+    return data.Conversations(d.sft, tokenizer, d.chat or tokenizer, cache, d.valid, d.pack, d.long)
+
+
+def _left(rows: data.Rows, skip: tuple[str, ...]) -> data.Rows:
+    """The rows without the samples to leave out."""
+    if not skip:
+        return rows
+    try:
+        return data.Skip(rows, [(int(first), int(stop)) for first, stop in (pair.split(":") for pair in skip)])
+    except ValueError as error:
+        raise ConfigError(f'data.skip = {list(skip)}: expected ["first:stop", ...]: {error}') from None
+
+
+def tokenizer_file(source: Source) -> str | None:
+    """What `tokenizers.load` takes to read the text again."""
+    return source.corpus.tokenizer if source.corpus is not None else None
