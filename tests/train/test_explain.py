@@ -6,7 +6,6 @@ Run as a script under torchrun this file is the program whose collectives torch 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from fmegatron.data.batches import NAMES
 from fmegatron.models import Config, gpt, llama3
 from fmegatron.sharding import RULES, Sharding, abstract_mesh, make_mesh, shard, thread_mesh, virtual_mesh
 from fmegatron.sharding.traffic import counted
+from fmegatron.testing.formula import Case, step_traffic
 from fmegatron.train import explain as module
 from fmegatron.train.explain import explain
 from fmegatron.train.state import init
@@ -31,77 +31,9 @@ C = Config(layers=3, embed=32, heads=4, kv=2, mlp=48, vocab=64, loss_chunks=2)
 B, S = 8, 16
 
 
-# -- the closed forms, as docs/communication.md has them --------------------------------------------------------------
-def formula(rules, sizes, c=C, batch=(B, S), m=1, remat="none", keeps=False, act=4):
-    """{(collective, axis): (count, bytes)} of one rank's step. keeps: the engine cannot free what was gathered (vmap)."""
-    ranks = {"dp": 1, "fsdp": 1, "cp": 1, "tp": 1} | sizes
-    dp, fsdp, cp, tp = ranks.values()
-    store, sp = rules.split("_")[0] if rules[:2] != "tp" else "ddp", rules.endswith("_sp")
-    b, s, seq, L, hd = batch[0] // (dp * fsdp * m), batch[1] // cp, batch[1], c.layers, c.embed // c.heads
-    kv = c.kv // tp if c.kv % tp == 0 else c.kv
-    count, total = Counter(), Counter()
-
-    def add(collective, axis, n, each):
-        if ranks[axis] > 1 and n:
-            count[collective, axis] += n
-            total[collective, axis] += n * each
-
-    # activations
-    x, ids, again = b * s * c.embed * act, b * s * 8, int(remat not in ("none", "selective"))
-    if sp:
-        add("all_gather", "tp", m * L * (4 + 2 * again), x)
-        add("reduce_scatter", "tp", m * L * (4 + 2 * again), x)
-        add("reduce_scatter", "tp", 2 * m, x)  # lookup forward, end backward
-        add("all_gather", "tp", 2 * m, x)  # lookup backward, end forward
-        add("all_gather", "tp", 5 * m, ids)  # tokens, positions, documents twice, labels
-        add("all_gather", "tp", m, b * s * 4)  # weights
-    else:
-        add("all_reduce", "tp", m * (L * (4 + 2 * again) + 2), x)
-    add("all_gather", "cp", m * L * (2 + 2 * again), b * seq * kv * hd * act)
-    add("reduce_scatter", "cp", m * L * 2, b * seq * kv * hd * act)
-    add("all_gather", "cp", m, b * seq * 8)  # documents of the keys
-    add("all_reduce", "tp", 5 * m * c.loss_chunks, b * s * 4 // c.loss_chunks)
-
-    # parameters
-    order = ["dp", "fsdp", "cp"]
-    z = {"fsdp": order, "hsdp": ["fsdp"]}.get(store, [])
-    o = order if store in ("zero1", "zero2") else z
-    layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + 2 * c.embed * kv * hd + 2 * c.embed
-    ends = {"embed": c.vocab * c.embed // tp, "final": c.embed, "loss": c.vocab * c.embed // tp}
-    P = L * layer + sum(ends.values())
-
-    def outer(axis, among):
-        return math.prod(ranks[a] for a in among[: among.index(axis)])
-
-    for axis in z:
-        layers = 2 if again or not keeps else 1
-        visits = {"embed": 1, "final": 2 - keeps, "loss": 1}
-        add("all_gather", axis, m * layers * L, layer * act // outer(axis, z))
-        for node, n in visits.items():
-            add("all_gather", axis, m * n, ends[node] * act // outer(axis, z))
-    per_microbatch = RULES[rules].reduce == "microbatch"
-    for axis in o:
-        if per_microbatch:
-            add("reduce_scatter", axis, m * L, layer * 4 // outer(axis, o))
-            for node in ends:
-                add("reduce_scatter", axis, m, ends[node] * 4 // outer(axis, o))
-        else:
-            add("reduce_scatter", axis, 1, P * 4 // outer(axis, o))
-        if o is not z:
-            add("all_gather", axis, 1, P * 4 // outer(axis, o))
-    shards = math.prod(ranks[a] for a in o)
-    for axis in order:
-        if axis not in o:
-            add("all_reduce", axis, 1, P * 4 // shards)
-    whole = (2 * L + 1) * c.embed + (2 * L * c.embed * kv * hd if c.kv % tp else 0)
-    add("all_reduce", "tp", 1, whole * 4 // shards)
-
-    # denominators, metrics, norm
-    terms = 1
-    for axis in ranks:
-        add("all_reduce", axis, 2, 0)
-        add("all_reduce", axis, 1, 8 * terms + 8 * (terms + 1) + 4)
-    return {key: (count[key], total[key]) for key in count}
+def formula(rules, sizes, m=1, remat="none", keeps=False):
+    """What a step of this file's model and batch sends."""
+    return step_traffic(Case(rules, sizes, C, (B, S), m, remat, keeps))
 
 
 CASES = [

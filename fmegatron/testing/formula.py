@@ -1,0 +1,123 @@
+"""What a train step of a Llama sends, as closed forms: docs/communication.md as a function, derived there by hand.
+
+Nothing here looks at the program, so that a program that sends more, less or other bytes is found out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fmegatron.models import Config
+from fmegatron.sharding import RULES
+
+DATA_AXES = ("dp", "fsdp", "cp")
+F32 = 4  # bytes of an element of parameters at rest, of activations and of gradients
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: `rules` on a mesh of `sizes`, `batch` = (samples in a step, tokens in a sample), m microbatches, all in fp32.
+
+    keeps: the engine cannot free what was gathered (a virtual mesh).
+    """
+
+    rules: str
+    sizes: Mapping[str, int]
+    c: Config
+    batch: tuple[int, int]
+    m: int = 1
+    remat: str = "none"
+    keeps: bool = False
+    count: Counter[tuple[str, str]] = field(default_factory=Counter, repr=False)
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter, repr=False)
+
+    def ranks(self, axis: str) -> int:
+        """The axis's size."""
+        return self.sizes.get(axis, 1)
+
+    def add(self, collective: str, axis: str, n: int, each: int) -> None:
+        """n collectives of `each` bytes, where the axis has several ranks."""
+        if self.ranks(axis) > 1 and n:
+            self.count[collective, axis] += n
+            self.bytes[collective, axis] += n * each
+
+    @property
+    def again(self) -> int:
+        """1 where layers run again."""
+        return int(self.remat not in ("none", "selective"))
+
+    @property
+    def kv(self) -> int:
+        """Key/value heads on a rank: all of them where tp does not divide them."""
+        whole, tp = self.c.kv or self.c.heads, self.ranks("tp")
+        return whole if whole % tp else whole // tp
+
+
+def step_traffic(case: Case) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(collective, axis): (count, bytes)} of one rank's step."""
+    activations(case)
+    parameters(case)
+    for axis in case.sizes:
+        for each in (8, 8 * 2, F32):  # denominators; metrics: one term and the loss; norm
+            case.add("all_reduce", axis, 1, each)
+    return {key: (case.count[key], case.bytes[key]) for key in case.count}
+
+
+def activations(case: Case) -> None:
+    """What blocks send, forward and backward."""
+    c, m, again, layers = case.c, case.m, case.again, case.c.layers
+    b = case.batch[0] // (case.ranks("dp") * case.ranks("fsdp") * m)
+    s = case.batch[1] // case.ranks("cp")
+    stream, ids = b * s * c.embed * F32, b * s * 8
+    if case.rules.endswith("_sp"):
+        case.add("all_gather", "tp", m * layers * (4 + 2 * again), stream)
+        case.add("reduce_scatter", "tp", m * layers * (4 + 2 * again), stream)
+        case.add("reduce_scatter", "tp", 2 * m, stream)  # lookup forward, end backward
+        case.add("all_gather", "tp", 2 * m, stream)  # lookup backward, end forward
+        case.add("all_gather", "tp", 5 * m, ids)  # tokens, positions, documents twice, labels
+        case.add("all_gather", "tp", m, b * s * 4)  # weights
+    else:
+        case.add("all_reduce", "tp", m * (layers * (4 + 2 * again) + 2), stream)
+    keys = b * case.batch[1] * case.kv * c.head_dim * F32
+    case.add("all_gather", "cp", m * layers * (2 + 2 * again), keys)
+    case.add("reduce_scatter", "cp", m * layers * 2, keys)
+    case.add("all_gather", "cp", m, b * case.batch[1] * 8)  # documents of the keys
+    case.add("all_reduce", "tp", 5 * m * c.loss_chunks, b * s * F32 // c.loss_chunks)
+
+
+def parameters(case: Case) -> None:
+    """What parameters, gradients and updates send."""
+    c, m, tp = case.c, case.m, case.ranks("tp")
+    store = "ddp" if case.rules.startswith("tp") else case.rules.split("_")[0]
+    storage: Sequence[str] = {"fsdp": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
+    optimizer = DATA_AXES if store in ("zero1", "zero2") else storage
+    kv = 2 * c.embed * case.kv * c.head_dim
+    layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + kv + 2 * c.embed
+    ends = {"embed": c.vocab * c.embed // tp, "final": c.embed, "loss": c.vocab * c.embed // tp}
+    every = c.layers * layer + sum(ends.values())
+
+    def outside(axis: str, among: Sequence[str]) -> int:
+        return math.prod(case.ranks(other) for other in among[: among.index(axis)])
+
+    visits = 2 if case.again or not case.keeps else 1
+    for axis in storage:
+        case.add("all_gather", axis, m * c.layers * visits, layer * F32 // outside(axis, storage))
+        for node, n in {"embed": 1, "final": 2 - case.keeps, "loss": 1}.items():
+            case.add("all_gather", axis, m * n, ends[node] * F32 // outside(axis, storage))
+    for axis in optimizer:
+        if RULES[case.rules].reduce == "microbatch":
+            for n, elements in [(c.layers, layer), *((1, elements) for elements in ends.values())]:
+                case.add("reduce_scatter", axis, m * n, elements * F32 // outside(axis, optimizer))
+        else:
+            case.add("reduce_scatter", axis, 1, every * F32 // outside(axis, optimizer))
+        if optimizer is not storage:
+            case.add("all_gather", axis, 1, every * F32 // outside(axis, optimizer))
+    shards = math.prod(case.ranks(axis) for axis in optimizer)
+    for axis in DATA_AXES:
+        if axis not in optimizer:
+            case.add("all_reduce", axis, 1, every * F32 // shards)
+    whole = (2 * c.layers + 1) * c.embed + (c.layers * kv if (c.kv or c.heads) % tp else 0)
+    case.add("all_reduce", "tp", 1, whole * F32 // shards)
