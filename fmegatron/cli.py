@@ -81,6 +81,13 @@ def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
     explain.main(run, json=json)
 
 
+def plan(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """CONFIG.toml|PRESET [--json]: memory, traffic, seconds and MFU of a step on a mesh and hardware that need not be here"""
+    (name,) = _exactly(words, "CONFIG.toml|PRESET")
+    from fmegatron.plan import main
+    main.main(name, table, json=json)
+
+
 def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """FILE ...: text and .jsonl files to tokens, in Megatron's .bin and .idx"""
     options = toml.update(Tokenize(), table, "command line")
@@ -129,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], flags: dict[str, bool]) -> int:
     commands: dict[str, tuple[Callable[..., None], type]] = {
-        "train": (train, config.RunConfig), "explain": (explain, config.RunConfig),
+        "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, config.RunConfig),
         "tokenize": (tokenize, Tokenize), "generate": (generate, Generate)}
     if flags["--version"]:
         print(importlib.metadata.version("fmegatron"))
@@ -144,7 +151,7 @@ def _run(words: list[str], flags: dict[str, bool]) -> int:
     if flags["--help"] or flags["-h"]:
         print(f"usage: fmegatron {name} {function.__doc__}\n\n{_page(options)}")
         return 0
-    if flags["--json"] and name != "explain":
+    if flags["--json"] and name not in ("explain", "plan"):
         raise ConfigError(f"command line: {name} has no --json")
     sys.path.insert(0, os.getcwd())  # import paths in a configuration are seen from here, as with python -m
     function(*toml.words(rest, FLAGS), flags["--json"])

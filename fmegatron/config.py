@@ -174,7 +174,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         batch, parts = self.training.global_batch, self.training.microbatches
         if batch % parts:
-            raise ValueError(f"training.global_batch = {batch} does not divide into training.microbatches = {parts}")
+            near = " or ".join(str(n) for n in (batch // parts * parts, -(-batch // parts) * parts) if n)
+            said = f"training.global_batch = {batch} does not divide into training.microbatches = {parts}"
+            raise ValueError(f"{said}: use {near}")
         if self.training.compile and self.mesh.virtual:
             raise ValueError("training.compile = true: a mesh.virtual runs eager, drop one of the two")
         if self.mesh.threads and not self.mesh.virtual:

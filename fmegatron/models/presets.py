@@ -65,6 +65,24 @@ GPT2_BASE: Fields = {
     "tied": True,
 }
 
+# The scaling table of Megatron-LM's README, H100: heads of 128 features, a vocabulary of 131072, sequences of 4096
+GPT: dict[str, Fields] = {
+    "1.7b": _dims(24, 2048, 16, 16, 8192),
+    "7.1b": _dims(30, 4096, 32, 32, 16384),
+    "16b": _dims(32, 6144, 48, 48, 24576),
+    "32b": _dims(48, 7168, 56, 56, 28672),
+    "70b": _dims(84, 8192, 64, 64, 32768),
+    "119b": _dims(92, 10240, 80, 80, 40960),
+    "177b": _dims(96, 12288, 96, 96, 49152),
+    "314b": _dims(96, 16384, 128, 128, 65536),
+    "462b": _dims(112, 18432, 144, 144, 73728),
+}
+GPT_BASE: Fields = {"vocab": 131072, "context": 4096, "norm": "layer", "activation": "gelu_tanh"}
+
+# arXiv 2005.14165
+GPT3: dict[str, Fields] = {"175b": _dims(96, 12288, 96, 96, 49152)}
+GPT3_BASE: Fields = GPT2_BASE | {"context": 2048, "vocab_pad": 128}
+
 # arXiv 2412.15115
 QWEN25: dict[str, Fields] = {
     "0.5b": _dims(24, 896, 14, 2, 4864, vocab=151936, tied=True),
@@ -140,7 +158,9 @@ GEMMA2_BASE: Fields = GEMMA_BASE | {
 FAMILIES: dict[str, tuple[Fields, dict[str, Fields]]] = {
     "llama2": (LLAMA2_BASE, LLAMA2),
     "llama3": (LLAMA3_BASE, LLAMA3),
+    "gpt": (GPT_BASE, GPT),
     "gpt2": (GPT2_BASE, GPT2),
+    "gpt3": (GPT3_BASE, GPT3),
     "qwen2": (QWEN25_BASE, QWEN2),
     "qwen2.5": (QWEN25_BASE, QWEN25),
     "qwen3": (QWEN3_BASE, QWEN3),

@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 
 from fmegatron import config as configs
-from fmegatron import models, optim, tree
+from fmegatron import models, tree
 from fmegatron.config import RunConfig
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Model
 from fmegatron.models.hf import model_of
 from fmegatron.optim import Transform
-from fmegatron.sharding import Placement, Sharding, abstract_mesh, shard, spmd
-from fmegatron.sharding.sharding import NO_LAYOUT
+from fmegatron.sharding import Sharding, abstract_mesh
 from fmegatron.sharding.traffic import Event, Traffic, counted
 from fmegatron.train import setup
 from fmegatron.train.explanation import Explanation, LeafRow
-from fmegatron.train.leaves import Leaf, to_optimizer
-from fmegatron.train.state import TrainState
-from fmegatron.train.step import Plan, plan_step, step_on_rank
+from fmegatron.train.leaves import Leaf
+from fmegatron.train.rehearsal import local_shape, rehearse
+from fmegatron.train.step import Plan
 from fmegatron.train.weights import node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree
@@ -59,27 +58,12 @@ def explain(
     Raises ValueError in one line, with the nearest legal choice, where a leaf or the batch does not divide.
     """
     mesh, traffic = counted(abstract_mesh(**sharding.mesh.sizes))
-    sh = replace(sharding, mesh=mesh, layout=NO_LAYOUT).bind(model.sizes)
-    rows, seq = batch
-    bound = sh.bind({"batch": rows, "seq": seq, "loss_seq": seq})
-    for names in ("batch seq", "batch seq embed", "batch loss_seq"):
-        bound.placement(names, leaf="the batch")
-    plan = plan_step(model, sh, microbatches=microbatches, remat=remat, dtype=dtype, prefetch=prefetch, **settings)
-    plan = replace(plan, compiled=Remembered(traffic))
-    tx = optim.adamw(1e-3) if tx is None else tx
-    shapes = {path: local_shape(sh, leaf, leaf.storage) for path, leaf in plan.leaves.items()}
-    params = tree.map_with_path(lambda path, _: _empty(shapes[path]), model.declare)
-    data = {key: shard(sh, _empty((rows, seq)[: len(names.split())], _dtype(key)), names) for key, names in fields.items()}
-
-    def on_rank(here: Sharding, params: Tree, data: Any) -> Tree:
-        opt_state = tx.init(to_optimizer(plan.leaves, params, here))
-        traffic.clear()
-        zero = _empty((), torch.int64)
-        step_on_rank(plan, optim.fuse(tx), here, TrainState(zero, params, opt_state, zero, zero, zero), data)
-        return opt_state
-
-    with torch.no_grad():
-        opt_state = spmd(sh, on_rank)(params, data)
+    sh = replace(sharding, mesh=mesh)
+    settings |= {"microbatches": microbatches, "remat": remat, "dtype": dtype, "prefetch": prefetch}
+    practice = rehearse(model, sh, Remembered(traffic), batch=batch, tx=tx, fields=fields, **settings)
+    plan, opt_state = practice.plan, practice.opt_state
+    traffic.clear()
+    practice.step()
     leaves = _explain_leaves(plan, opt_state, dtype or torch.float32)
     return Explanation(
         mesh=mesh.sizes,
@@ -92,14 +76,6 @@ def explain(
         collectives=tuple(traffic.rows()),
         per_rank=_totals(plan, leaves, opt_state),
     )
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-def _dtype(key: str) -> torch.dtype:
-    return torch.float32 if key == "weights" else torch.int64
 
 
 # -- an engine that remembers ---------------------------------------------------------------------------------------
@@ -144,13 +120,6 @@ class Remembered(Autograd):
 
 
 # -- leaves ---------------------------------------------------------------------------------------------------------
-def local_shape(sh: Sharding, leaf: Leaf, place: Placement) -> tuple[int, ...]:
-    """A leaf's shape on one rank, where it lies as `place`."""
-    sh = sh if leaf.param.layers is None else sh.bind({"layers": leaf.param.layers})
-    ranks = [math.prod(sh.mesh[axis].size for axis in axes) for axes in place.axes]
-    return tuple(sh.size(name) // n for name, n in zip(place.names, ranks, strict=True))
-
-
 def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[LeafRow, ...]:
     state: dict[str, int] = dict.fromkeys(plan.leaves, 0)
     for path, x in tree.to_paths(opt_state).items():
@@ -159,7 +128,8 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
             state[owner] += _bytes(x)
     rows = []
     for path, leaf in plan.leaves.items():
-        local = [math.prod(local_shape(plan.sh, leaf, place)) for place in (leaf.compute, leaf.storage)]
+        gradient = leaf.optimizer if plan.sh.rules.reduce == "microbatch" else leaf.compute
+        local = [math.prod(local_shape(plan.sh, leaf, place)) for place in (leaf.compute, leaf.storage, gradient)]
         sh = plan.sh if leaf.param.layers is None else plan.sh.bind({"layers": leaf.param.layers})
         rows.append(
             LeafRow(
@@ -173,6 +143,7 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
                 compute_bytes=local[0] * dtype.itemsize,
                 storage_bytes=local[1] * torch.float32.itemsize,
                 optimizer_bytes=state[path],
+                gradient_bytes=local[2] * torch.float32.itemsize,
                 notes=_notes(sh, leaf),
             )
         )
@@ -204,10 +175,6 @@ def _bytes(x: Tensor) -> int:
 
 def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str, int]:
     by_path = {row.path: row for row in leaves}
-    gradients = 0
-    for leaf in plan.leaves.values():
-        place = leaf.optimizer if plan.sh.rules.reduce == "microbatch" else leaf.compute
-        gradients += math.prod(local_shape(plan.sh, leaf, place)) * torch.float32.itemsize
     gathered = [
         sum(
             by_path[leaf.path].compute_bytes // (leaf.param.layers or 1)
@@ -221,7 +188,7 @@ def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str,
     window = plan.prefetch + 1
     return {
         "parameters": sum(row.storage_bytes for row in leaves),
-        "gradients": gradients,
+        "gradients": sum(row.gradient_bytes for row in leaves),
         "optimizer": sum(_bytes(x) for x in tree.leaves(opt_state)),
         "gathered": kept + max((sum(gathered[i : i + window]) for i in range(len(gathered))), default=0),
     }
@@ -234,7 +201,7 @@ def main(config: RunConfig, json: bool = False) -> None:
     if -1 in sizes.values():
         others = math.prod(n for n in sizes.values() if n != -1)
         sizes["dp"] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)
-    model = _model(config)
+    model = model_from(config)
     fields = {key: names for key, names in NAMES.items() if key != "documents" or config.data.document_mask}
     t = config.training
     explanation = explain(
@@ -252,8 +219,8 @@ def main(config: RunConfig, json: bool = False) -> None:
     print(explanation.json() if json else explanation)
 
 
-def _model(config: RunConfig) -> Model:
-    """The run's model, without its weights and without its text."""
+def model_from(config: RunConfig) -> Model:
+    """The run's model, without its weights and without its text. Raises ConfigError."""
     c = config.model
     if c.hf is not None:
         model, _ = model_of(Path(c.hf))

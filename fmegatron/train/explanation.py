@@ -22,6 +22,7 @@ class LeafRow:
     compute_bytes: int
     storage_bytes: int
     optimizer_bytes: int
+    gradient_bytes: int  # of its accumulator
     notes: tuple[str, ...]
 
 

@@ -1,0 +1,72 @@
+"""Devices as plain data: what one computes, holds and sends, by its data sheet; and what of that a training step gets.
+
+A link is named by where a mesh axis lies. Ranks are numbered as the mesh is, node by node; an axis whose ranks all lie in one
+node has the link inside, any other the network across nodes:
+
+    stride x size <= node      inside                       tp=8 on nodes of 8
+    otherwise                  across, times the ranks of a group that share a node (each brings its own adapter)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """flops: {dtype: dense peak FLOP/s}. memory: bytes. bandwidth, inside, across: bytes/s, of links in one direction.
+
+    latency: seconds until a collective's first byte, (inside, across). node: devices that share the link inside.
+    """
+
+    name: str
+    flops: MappingProxyType[str, float]
+    memory: float
+    bandwidth: float
+    inside: float
+    across: float
+    latency: tuple[float, float] = (1e-5, 3e-5)
+    node: int = 8
+
+    def link(self, stride: int, size: int) -> tuple[Literal["inside", "across"], float]:
+        """The link of a mesh axis and its bytes/s for one rank: `size` ranks, `stride` apart."""
+        if stride * size <= self.node:
+            return "inside", self.inside
+        return "across", min(self.inside, self.across * min(size, max(1, self.node // stride)))
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The part of a peak that a training step gets. flops: of products and attention; bytes: of memory and links."""
+
+    flops: float
+    bytes: float
+
+
+# With these the first and the last row of Megatron-LM's H100 table are predicted right: experiments/plan_vs_published
+# calibrates them, and its test compares.
+STEP = Efficiency(flops=0.7, bytes=0.7)
+
+
+def _flops(bf16: float, tf32: float, fp32: float, **more: float) -> MappingProxyType[str, float]:
+    return MappingProxyType({"bf16": bf16, "fp16": bf16, "tf32": tf32, "fp32": fp32} | more)
+
+
+# Peaks: the sources in train/flops.py. Memory and links: the same data sheets. Networks: one 400 Gb/s adapter a device
+# (A100: 200 Gb/s), as in NVIDIA's reference designs. cpu: one core of about 2.5 GHz with AVX2, gloo on one host.
+HARDWARE = MappingProxyType({
+    "h100": Hardware("h100", _flops(989.4e12, 494.7e12, 66.9e12, fp8=1978.9e12), 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Hardware("h200", _flops(989.4e12, 494.7e12, 66.9e12, fp8=1978.9e12), 141e9, 4.8e12, 450e9, 50e9),
+    "a100": Hardware("a100", _flops(312e12, 156e12, 19.5e12), 80e9, 2.039e12, 300e9, 25e9),
+    "b200": Hardware("b200", _flops(2250e12, 1125e12, 75e12, fp8=4500e12), 180e9, 7.7e12, 900e9, 50e9),
+    "cpu": Hardware("cpu", _flops(80e9, 80e9, 80e9), 16e9, 10e9, 1e9, 1e9, latency=(1e-4, 1e-4)),
+})  # fmt: skip
+
+
+def hardware(name: str) -> Hardware:
+    """A device by name. Raises ValueError naming the known ones."""
+    if name.lower() not in HARDWARE:
+        raise ValueError(f"hardware = {name}: unknown, known are {', '.join(HARDWARE)}")
+    return HARDWARE[name.lower()]

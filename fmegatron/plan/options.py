@@ -1,0 +1,101 @@
+"""What is planned: a run's configuration, with hardware and a pipeline; or a published model by name.
+
+    request("llama3_8b.toml", {...})     a TOML file, or one that is shipped
+    request("gpt-177b", {...})           a preset: bf16, its own sequence, one sample a microbatch, the least remat that fits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fmegatron import config as configs
+from fmegatron import toml
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.models import presets
+from fmegatron.toml import option
+
+
+@dataclass(frozen=True)
+class Mesh(configs.Mesh):
+    """Sizes of the mesh's axes; the mesh need not exist."""
+
+    pp: int = option(1, "pipeline stages", at_least=1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{axis: size}, outer to inner; axes of size 1 too."""
+        return {"pp": self.pp} | super().sizes
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline's schedule."""
+
+    schedule: str = option("1f1b", "a name in fmegatron.train.pipeline.schedules")
+    virtual: int = option(1, "parts of the model on each rank", at_least=1)
+
+
+@dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """A training run that is planned."""
+
+    mesh: Mesh = Mesh()
+    pipeline: Pipeline = Pipeline()
+    hardware: str = option("h100", "h100, h200, a100, b200 or cpu")
+    gpus: int | None = option(None, "devices there are; the mesh fills them, mesh.dp = -1 with what is left", at_least=1)
+    search: int | None = option(None, "list the best legal meshes of this many devices", at_least=1)
+    memory: float | None = option(None, "GB of a device; none: the hardware's", at_least=0)
+    show: int = option(10, "meshes that --search lists", at_least=1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration to plan, and what it leaves open: auto names settings that the planner may choose."""
+
+    name: str
+    run: PlanConfig
+    auto: frozenset[str] = frozenset()
+
+
+def request(name: str, table: Mapping[str, Any]) -> Request:
+    """What a word and the options after it ask for. Raises ConfigError."""
+    named = preset_named(name)
+    if named is None:
+        try:
+            path = configs.find(name.removesuffix(".toml")) if not Path(name).is_file() else Path(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, nor a preset as llama3-8b or gpt-177b") from None
+        start = toml.update(PlanConfig(run=configs.Run(name=path.stem)), toml.read(path), name)
+        return Request(path.stem, toml.update(start, table, "command line"))
+    c = presets.config(named)
+    start = PlanConfig(
+        run=configs.Run(name=name),
+        model=configs.Model(preset=named),
+        data=configs.Data(source="preset", seq=min(c.context, 8192), document_mask=False),
+        training=configs.Training(dtype="bf16"),
+    )
+    run = toml.update(start, table, "command line")
+    training = table.get("training", {})
+    auto = {key for key in ("microbatches", "remat", "global_batch") if key not in training}
+    if "rules" not in table.get("sharding", {}) and run.mesh.pp > 1:
+        run = replace(run, sharding=replace(run.sharding, rules="zero1_tp_sp"))
+    return Request(name, run, frozenset(auto))
+
+
+def preset_named(name: str) -> str | None:
+    """ "family:size" of a preset written with dashes or underscores; None if it is none."""
+    if Path(name).is_file() or name.endswith(".toml"):
+        return None
+    plain = name.lower().replace("_", "-").replace(":", "-")
+    for family, (_, sizes) in presets.FAMILIES.items():
+        for size in sizes:
+            if plain == f"{family}-{size}":
+                return f"{family}:{size}"
+    return None
+
+
+
+

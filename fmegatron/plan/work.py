@@ -1,0 +1,183 @@
+"""The work of one rank of a mesh in one step: two rehearsals of a few layers, and a straight line through them.
+
+The step itself runs, as rank 0 of an abstract mesh on meta tensors, under a meter. Layers of a kind do the same work, so
+counts are exactly linear in their number; peaks are, for each part of the step. So a model of any depth costs two rehearsals
+of two and three layers.
+
+    part      head: before the layers    layer    tail: after them, the loss    update: the optimizer    rest: what is between
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fmegatron import optim, tree
+from fmegatron.models import Model
+from fmegatron.nn.param import Param
+from fmegatron.optim import Transform
+from fmegatron.plan.meter import Count, Fused, Meter
+from fmegatron.sharding import Sharding
+from fmegatron.train.rehearsal import rehearse
+from fmegatron.train.remat import parse_remat
+from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
+from fmegatron.tree import Tree
+
+PARTS = ("head", "layer", "tail", "update", "rest")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A value by number of layers: base + slope * layers."""
+
+    base: Any
+    slope: Any
+
+    def __call__(self, layers: float) -> Any:
+        return self.base + self.slope * layers
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one rank, by number of layers. counts: by part, of a microbatch, "update" of a step.
+
+    peaks: bytes alive, by part, with one microbatch in flight. kept: bytes that a microbatch's forward leaves for its backward.
+    """
+
+    counts: dict[str, Line]
+    peaks: dict[str, Line]
+    kept: Line
+
+
+def work_of(
+    model: Model,
+    sharding: Sharding,
+    tx_of: Callable[[Model], Transform],
+    *,
+    batch: tuple[int, int],
+    microbatches: int = 1,
+    remat: str = "none",
+    prefetch: int = 1,
+    **settings: Any,
+) -> Work:
+    """The work of a rank; settings: those of `rehearse`. tx_of: the optimizer of a model. Raises ValueError as `explain` does.
+
+    Two microbatches stand for any number above one: the second finds the gradients of the first, as all later ones do.
+    """
+    layers = [node for node in model.chain if node.layer is not None]
+    period = math.lcm(_period([node.fn for node in layers]), max(parse_remat(remat).every, 1)) if layers else 1
+    many = min(len(layers), period * max(3, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
+    few = many - period if many > period else many
+    parts = min(microbatches, 2)
+    shared: dict[str, Any] = {"microbatches": parts, "remat": remat, "prefetch": prefetch} | settings
+    rows = batch[0] // microbatches * parts
+    two = []
+    for n in (few, many):
+        part = first_layers(model, n)
+        two.append(_rehearsed(part, sharding, tx_of(part), batch=(rows, batch[1]), **shared))
+
+    def line(value: Callable[[Meter], Any]) -> Line:
+        low, high = value(two[0]), value(two[1])
+        slope = (high - low) * (1 / (many - few)) if many > few else high * (1 / max(many, 1))
+        return Line(high - slope * many, slope)
+
+    def counts(part: str) -> Line:
+        times = 1.0 if part == "update" else 1 / parts
+        return line(lambda meter: meter.counts.get(part, Count()) * times)
+
+    return Work(
+        counts={part: counts(part) for part in PARTS},
+        peaks={part: line(partial(_peak, part)) for part in PARTS},
+        kept=line(lambda meter: meter.marks["after"] - meter.marks["before"]),
+    )
+
+
+def _peak(part: str, meter: Meter) -> int:
+    return meter.peaks.get(part, 0)
+
+
+def _period(kinds: list[Hashable]) -> int:
+    """The smallest p with kinds[i] == kinds[i % p]."""
+    return next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+
+
+def first_layers(model: Model, n: int) -> Model:
+    """The same model with its first n layers only."""
+    layers = [node for node in model.chain if node.layer is not None]
+    kept = layers[:n]
+    chain = tuple(node for node in model.chain if node.layer is None or node in kept)
+    held: dict[str, int] = {}
+    for node in kept:
+        for _, path in node.params:
+            held[path] = max(held.get(path, 0), (node.layer or 0) + 1)
+    declare: dict[str, Param] = {}
+    for path, param in tree.to_paths(model.declare).items():
+        count = next((held[top] for top in held if f"{path}.".startswith(f"{top}.")), 0)
+        if param.layers is None or count:
+            declare[path] = param if param.layers is None else replace(param, layers=count)
+    return replace(model, chain=chain, declare=tree.from_paths(declare))
+
+
+def _rehearsed(model: Model, sharding: Sharding, tx: Transform, **settings: Any) -> Meter:
+    """The meter after a step."""
+    meter = Meter()
+    first = next((i for i, node in enumerate(model.chain) if node.layer is not None), len(model.chain))
+    part = {node.fn: "layer" if node.layer is not None else "tail" for node in model.chain[first:]}
+    layers = sum(node.layer is not None for node in model.chain)
+    engine = Watched(meter, part, layers)
+
+    def finish(tx: Transform) -> Callable[..., Any]:
+        fused = optim.fuse(tx)
+
+        def update(*args: Any, **more: Any) -> Any:
+            return engine.under("update", lambda: fused(*args, **more))
+
+        return update
+
+    practice = rehearse(model, sharding, engine, tx=tx, finish=finish, **settings)
+    meter.hold(practice.held)
+    meter.label = "rest"
+    with Fused(), meter:
+        practice.step()
+    return meter
+
+
+@dataclass(frozen=True)
+class Watched(Autograd):
+    """Autograd that tells a meter which part of the chain is running, and marks what a forward leaves alive."""
+
+    meter: Meter
+    part: Mapping[Any, str]  # by a node's function
+    layers: int
+
+    @property
+    def light(self) -> Watched:
+        """Itself: light nodes are watched too."""
+        return self
+
+    def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Any = None) -> Derivative:
+        """As Autograd's."""
+        part = self.part.get(kind[0], "head")
+        if part == "head":
+            self.meter.marks |= {"before": self.meter.alive(), "left": self.layers}
+        out, moving, back = self.under(part, lambda: AUTOGRAD.vjp(fn, wrt, rest))
+        if part == "layer" and self.meter.marks["left"]:  # not those that run again
+            self.meter.marks |= {"after": self.meter.alive(), "left": self.meter.marks["left"] - 1}
+
+        def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
+            return self.under(part, lambda: back(cotangents))
+
+        return out, moving, pullback
+
+    def under(self, part: str, run: Callable[[], Any]) -> Any:
+        """`run()`, counted as a part."""
+        before, self.meter.label = self.meter.label, part
+        try:
+            return run()
+        finally:
+            self.meter.label = before
