@@ -16,7 +16,8 @@ from fmegatron import config, toml
 from fmegatron.config import ConfigError
 from fmegatron.toml import option
 
-FLAGS = ("--append-eod", "--append_eod")  # options that a word alone turns on
+# Options that a word alone turns on.
+FLAGS = ("--append-eod", "--append_eod", "--split-sentences", "--split_sentences", "--record")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,20 @@ class Tokenize:
     vocab_size: int = option(32768, "of the tokenizer that is learned", at_least=257)
     append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
     workers: int = option(1, "processes", at_least=1)
-    key: str = option("text", "where a line of .jsonl has its text")
+    key: str = option("text", "where a line of .jsonl, or a Parquet file, has its text; several: a,b")
+    split_sentences: bool = option(False, "each sentence is a sequence of its document")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Options of `data inspect | verify | merge`."""
+
+    tokenizer: str | None = option(None, "that made the files; shows text, and checks that all ids are in it")
+    tokens: int = option(400, "inspect: tokens of the sample shown", at_least=1)
+    seed: int = option(0, "inspect: chooses where the sample lies", at_least=0)
+    picture: str | None = option(None, "inspect: where the lengths are drawn; none: NAME.lengths.png")
+    record: bool = option(False, "verify: write the hashes to PREFIX.sha256")
+    output: str = option("data", "merge: prefix of the written .bin and .idx")
 
 
 @dataclass(frozen=True)
@@ -89,18 +103,27 @@ def plan(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
-    """FILE ...: text and .jsonl files to tokens, in Megatron's .bin and .idx"""
+    """FILE ...: text, .jsonl and .parquet files to tokens, in Megatron's .bin and .idx"""
     options = toml.update(Tokenize(), table, "command line")
     if not words:
         raise ConfigError("command line: expected FILE ..., got nothing")
-    from fmegatron import data
-    tokenizer = options.tokenizer
-    if tokenizer is None:
-        texts = (text for _, text in data.documents(words, options.key))
-        tokenizer = f"{options.output}.tokenizer.json"
-        data.tokenizers.train_bpe(texts, options.vocab_size).save(tokenizer)
-    counts = data.tokenize(words, options.output, tokenizer, options.append_eod, options.workers, key=options.key)
-    print(f"{options.output}.bin: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes of text")
+    from fmegatron.data import commands
+    commands.tokenize_files(words, options.output, options.tokenizer, options.vocab_size, options.append_eod,
+                            options.workers, options.key.split(","), options.split_sentences)
+
+
+def data(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """inspect PREFIX | verify PREFIX | merge PREFIX ...: token files looked at, checked, put together"""
+    options = toml.update(Data(), table, "command line")
+    if len(words) < 2 or words[0] not in ("inspect", "verify", "merge") or (len(words) > 2 and words[0] != "merge"):
+        raise ConfigError(f"command line: expected inspect|verify|merge PREFIX, got {' '.join(words) or 'nothing'}")
+    from fmegatron.data import commands
+    if words[0] == "inspect":
+        commands.inspect(words[1], options.tokenizer, options.tokens, options.seed, options.picture)
+    elif words[0] == "verify":
+        commands.check(words[1], options.tokenizer, options.record)
+    else:
+        commands.merge(words[1:], options.output)
 
 
 def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
@@ -137,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str], flags: dict[str, bool]) -> int:
     commands: dict[str, tuple[Callable[..., None], type]] = {
         "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, config.RunConfig),
-        "tokenize": (tokenize, Tokenize), "generate": (generate, Generate)}
+        "tokenize": (tokenize, Tokenize), "data": (data, Data), "generate": (generate, Generate)}
     if flags["--version"]:
         print(importlib.metadata.version("fmegatron"))
         return 0

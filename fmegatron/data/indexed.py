@@ -15,11 +15,15 @@ import os
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+
+from fmegatron.data import remote
+from fmegatron.data.remote import RemoteTokens
 
 Tokens = npt.NDArray[Any]
 
@@ -35,6 +39,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
     7: np.dtype("<f4"),
     8: np.dtype("<u2"),
 }
+PART = 2**22  # tokens copied at once
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -44,7 +49,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class IndexedDataset(Sequence[Tokens]):
-    """A read-only sequence of token arrays, mapped from disk.
+    """A read-only sequence of token arrays, mapped from disk, or read by blocks from an address such as s3://bucket/corpus.
 
     `stream` is the whole `.bin` as one array; `lengths` int32 [N]; `offsets` int64 [N + 1], in tokens; `modes` int8 [N]
     or None; `documents` int64 [D]: sequences `documents[d]:documents[d + 1]` are document d.
@@ -53,8 +58,8 @@ class IndexedDataset(Sequence[Tokens]):
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self.dtype, self.lengths, self.offsets, self.documents, self.modes = _read_index(Path(f"{prefix}.idx"))
-        self.stream = _map_tokens(Path(f"{prefix}.bin"), self.dtype, int(self.offsets[-1]))
+        self.dtype, self.lengths, self.offsets, self.documents, self.modes = _read_index(f"{prefix}.idx")
+        self.stream = _map_tokens(f"{prefix}.bin", self.dtype, int(self.offsets[-1]))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,14 +115,33 @@ class IndexedWriter:
         """Append one document of any number of sequences (usually one); values must fit the dtype."""
         arrays = [self._checked(np.asarray(sequence)) for sequence in sequences]
         for tokens in arrays:
-            self._file.write(tokens.tobytes())
+            self._write(tokens)
             self._lengths.append(len(tokens))
         self._documents.append(len(self._lengths))
+
+    def add_many(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, sequences: npt.ArrayLike) -> None:
+        """Append many documents at once: all their tokens, the length of each sequence, and each document's sequences."""
+        values, sizes, counts = self._checked(np.asarray(tokens)), np.asarray(lengths), np.asarray(sequences)
+        assert sizes.sum() == len(values) and counts.sum() == len(sizes)
+        self._write(values)
+        self._documents.frombytes((np.cumsum(counts, dtype=np.int64) + len(self._lengths)).tobytes())
+        self._lengths.frombytes(sizes.astype(np.int32).tobytes())
 
     def add_documents(self, documents: Iterable[npt.ArrayLike]) -> None:
         """Append documents of one sequence each."""
         for tokens in documents:
             self.add_document(tokens)
+
+    def add_index(self, prefix: str | Path) -> None:
+        """Append the documents of another pair of files, of the same dtype."""
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype or other.modes is not None:
+            kind = other.dtype.name if other.modes is None else "a multimodal file"
+            raise ValueError(f"{prefix}: {kind} cannot be appended to {self._bin} of {self.dtype.name}: tokenize anew")
+        for first in range(0, len(other.stream), PART):
+            self._write(other.stream[first : first + PART])
+        self._documents.frombytes((other.documents[1:].astype(np.int64) + len(self._lengths)).tobytes())
+        self._lengths.frombytes(other.lengths.astype(np.int32).tobytes())
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         temporary = _temporary(self._bin), _temporary(self._idx)
@@ -131,10 +155,23 @@ class IndexedWriter:
                 self._idx.unlink(missing_ok=True)
                 os.replace(temporary[0], self._bin)
                 os.replace(temporary[1], self._idx)
+        except OSError as failed:
+            raise self._no_room(failed) from None
         finally:
-            self._file.close()
+            with suppress(OSError):  # what could not be written is thrown away
+                self._file.close()
             for path in temporary:
                 path.unlink(missing_ok=True)
+
+    def _write(self, tokens: Tokens) -> None:
+        try:
+            self._file.write(tokens.tobytes())
+        except OSError as error:
+            raise self._no_room(error) from None
+
+    def _no_room(self, error: OSError) -> OSError:
+        done = f"after {len(self._documents) - 1} documents; nothing is left of them: make room and start again"
+        return OSError(error.errno, f"{error.strerror} {done}", error.filename or str(self._bin))
 
     def _checked(self, tokens: Tokens) -> Tokens:
         where = f"{self._bin}: document {len(self._documents) - 1}"
@@ -156,7 +193,7 @@ class IndexedWriter:
         return b"".join([header, lengths.tobytes(), pointers.tobytes(), documents.tobytes()])
 
 
-def _read_index(path: Path) -> tuple[np.dtype[Any], Tokens, Tokens, Tokens, Tokens | None]:
+def _read_index(path: str) -> tuple[np.dtype[Any], Tokens, Tokens, Tokens, Tokens | None]:
     """(dtype, lengths, offsets in tokens, documents, modes) of an index file, or ValueError."""
     data = _map_bytes(path)
     if len(data) < HEADER.size:
@@ -191,26 +228,28 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Tokens, Tokens, Tokens, Toke
     return dtype, lengths, offsets, documents, modes
 
 
-def _map_tokens(path: Path, dtype: np.dtype[Any], tokens: int) -> Tokens:
+def _map_tokens(path: str, dtype: np.dtype[Any], tokens: int) -> Tokens | RemoteTokens:
     """The whole token file as one array, once its size is what the index says."""
-    data = _map_bytes(path)
-    if len(data) != tokens * dtype.itemsize:
+    size = remote.size_of(path) if remote.is_remote(path) else len(data := _map_bytes(path))
+    if size != tokens * dtype.itemsize:
         raise ValueError(
-            f"{path}: {len(data)} bytes, but {path.with_suffix('.idx').name} expects {tokens} tokens of {dtype.name},"
+            f"{path}: {size} bytes, but {Path(path).stem}.idx expects {tokens} tokens of {dtype.name},"
             f" {tokens * dtype.itemsize} bytes: truncated, or not a pair; copy both files again or tokenize anew"
         )
-    return data.view(dtype)
+    return RemoteTokens(path, dtype, tokens) if remote.is_remote(path) else data.view(dtype)
 
 
-def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:
-    if not path.is_file():
+def _map_bytes(path: str) -> npt.NDArray[np.uint8]:
+    if remote.is_remote(path):
+        return remote.read_bytes(path)
+    if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; a prefix names two files, PREFIX.bin and PREFIX.idx")
-    if path.stat().st_size == 0:
+    if Path(path).stat().st_size == 0:
         return np.empty(0, np.uint8)  # an empty file cannot be mapped
     return np.memmap(path, np.uint8, "r").view(np.ndarray)
 
 
-def _damaged(path: Path, offset: int, expected: str) -> ValueError:
+def _damaged(path: str, offset: int, expected: str) -> ValueError:
     return ValueError(f"{path} at byte {offset}: expected {expected}; copy the file again or tokenize anew")
 
 

@@ -1,52 +1,77 @@
-"""Documents to token files: read, tokenize on several processes, write in order, appear complete or not at all."""
+"""Documents to token files: read, tokenize on several processes, write in order, appear complete or not at all.
+
+Documents are tokenized in parts of about a gigabyte of text. A finished part lies in the folder PREFIX.parts until all are
+there and become one pair of files; the same command, started again after whatever stopped it, goes on behind the last of
+them (parts.py).
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from functools import lru_cache
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fmegatron.data.indexed import IndexedWriter, token_dtype
-from fmegatron.data.text import Document, documents
+from fmegatron.data.parts import Parts, Spent
+from fmegatron.data.sentences import sentences
+from fmegatron.data.text import Document, Record, Source, records, texts_of
 from fmegatron.data.tokenizers import Tokenizer, load
 
-CHUNK = 64  # documents handed to a process at once
+CHUNK = 64  # documents handed to a process at once, at most
+CHUNK_BYTES = 2**20  # or this many bytes of them
+PART_BYTES = 2**30  # of text in a part
 
-
-class Counts(NamedTuple):
-    """What has been written so far; `bytes` counts the text in UTF-8."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-
-
+Counts = Spent  # what has been written so far: documents, tokens, bytes of text in UTF-8
 Progress = Callable[[Counts], None]
 
 
+class How(NamedTuple):
+    """What is done with each document: the same for all of them, and known to every process."""
+
+    tokenizer: Tokenizer
+    append_eod: bool
+    keys: tuple[str, ...]
+    split_sentences: bool
+
+
 def tokenize(
-    files: Iterable[str | Path],
+    files: Iterable[Source],
     output: str | Path,
     tokenizer: str | Path | Tokenizer,
     append_eod: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
-    key: str = "text",
+    key: str | Sequence[str] = "text",
+    *,
+    split_sentences: bool = False,
+    part_bytes: int = PART_BYTES,
 ) -> Counts:
-    """Tokenize text and JSONL files into `output.bin` and `output.idx`, in the files' order whatever `workers` is.
+    """Tokenize files, or dicts, into `output.bin` and `output.idx`, in their order whatever `workers` is.
 
     `append_eod` ends each document with the tokenizer's end-of-document id. An empty document has no sequences, as in
-    Megatron's tool. An error leaves nothing behind, and an earlier output as it was.
+    Megatron's tool; with `split_sentences` each sentence is a sequence. Several keys make a pair of files each,
+    `output_KEY_document` or `output_KEY_sentence`. Files that were read before an interruption are not read again; an error
+    leaves an earlier output as it was.
     """
-    made = load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    return write_documents(documents(files, key), output, made, append_eod, workers, progress)
+    how = How(load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer,
+              append_eod, (key,) if isinstance(key, str) else tuple(key), split_sentences)  # fmt: skip
+    if not how.keys or len(set(how.keys)) < len(how.keys):
+        raise ValueError(f"keys {', '.join(how.keys) or 'none'}: name each key once")
+    sources = list(files)
+    with Parts.open(output, outputs(output, how), sources, how, part_bytes) as parts:
+        return _write(records(sources, how.keys), parts, how, workers, progress)
 
 
 def write_documents(
@@ -57,54 +82,116 @@ def write_documents(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Counts:
-    """Like `tokenize`, for documents from anywhere."""
+    """Like `tokenize`, for documents from anywhere, in one go."""
+    how = How(tokenizer, append_eod, ("text",), False)
+    found = (Record(source, {"text": text}) for source, text in texts)
+    with Parts.open(output, [str(output)], None, how, PART_BYTES) as parts:
+        return _write(found, parts, how, workers, progress)
+
+
+def outputs(prefix: str | Path, how: How) -> list[str]:
+    """The prefixes that are written: one a key, named as Megatron's tool names them where there are several."""
+    level = "sentence" if how.split_sentences else "document"
+    return [str(prefix)] if len(how.keys) == 1 else [f"{prefix}_{key}_{level}" for key in how.keys]
+
+
+def _write(found: Iterator[Record], parts: Parts, how: How, workers: int, progress: Progress | None) -> Counts:
     if workers < 1:
         raise ValueError(f"workers {workers}: at least 1")
-    end = [tokenizer.eod] if append_eod else []
-    counts = Counts()
-    with IndexedWriter(output, token_dtype(tokenizer.vocab_size)) as out:
-        for encoded, size in _encoded(_chunks(texts), tokenizer, workers):
-            for ids in encoded:
-                out.add_document(*([np.array(ids + end)] if ids else []))
-            new = len(encoded), sum(len(ids) + len(end) for ids in encoded if ids), size
-            counts = Counts(*(old + more for old, more in zip(counts, new, strict=True)))
-            if progress:
-                progress(counts)
+    encoded = _encoded(_chunks(parts.rest(found)), how, workers)
+    counts, dtype = parts.spent, token_dtype(how.tokenizer.vocab_size)
+    for first in encoded:
+        start = counts.bytes
+        with ExitStack() as stack:
+            writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in parts.next()]
+            for chunk in chain([first], encoded):
+                for writer, key in zip(writers, chunk.keys, strict=True):
+                    writer.add_many(*key)
+                tokens = sum(len(key.tokens) for key in chunk.keys)
+                counts = Counts(counts.documents + chunk.documents, counts.tokens + tokens, counts.bytes + chunk.bytes)
+                if progress:
+                    progress(counts)
+                if counts.bytes - start >= parts.part_bytes:
+                    break
+        parts.finish(counts)
+    parts.join(dtype)
     return counts
 
 
-Encoded = tuple[list[list[int]], int]  # the documents of a chunk, bytes of their text
+class Key(NamedTuple):
+    """A chunk's documents under one key: tokens, the length of each sequence, the number of sequences of each document."""
+
+    tokens: npt.NDArray[np.generic]
+    lengths: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.int32]
 
 
-def _encoded(chunks: Iterator[list[Document]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+class Encoded(NamedTuple):
+    """A chunk of documents as tokens, for each key."""
+
+    keys: list[Key]
+    documents: int
+    bytes: int
+
+
+def _encoded(chunks: Iterator[list[Record]], how: How, workers: int) -> Iterator[Encoded]:
     if workers == 1:
-        yield from (_encode(tokenizer, chunk) for chunk in chunks)
+        yield from (_encode(how, chunk) for chunk in chunks)
         return
     # Not plain forks, which would copy the locks of this process's threads. Its imports are made once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pickled = pickle.dumps(tokenizer)  # once; a worker unpickles it once
-    with context.Pool(workers, _alone) as pool:
-        waiting = []
-        for chunk in chunks:  # a window of tasks, so that a slow writer does not fill the memory
-            waiting.append(pool.apply_async(_work, (pickled, chunk)))
-            if len(waiting) > 2 * workers:
-                yield waiting.pop(0).get()
-        for task in waiting:
-            yield task.get()
+    pickled = pickle.dumps(how)  # once; a worker unpickles it once
+    waiting: deque[Future[Encoded]] = deque()
+    with ProcessPoolExecutor(workers, context, _alone) as pool:
+        try:
+            for chunk in chunks:  # a window of tasks, so that a slow writer does not fill the memory
+                waiting.append(pool.submit(_work, pickled, chunk))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise OSError("a worker was killed, perhaps for its memory: take fewer workers; the same command goes on") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, chunk: list[Document]) -> Encoded:
+def _encode(how: How, chunk: list[Record]) -> Encoded:
+    texts = [texts_of(record, how.keys) for record in chunk]
+    keys = [_encode_key(how, [text[i] for text in texts], chunk) for i in range(len(how.keys))]
+    return Encoded(keys, len(chunk), sum(len(text.encode()) for row in texts for text in row))
+
+
+def _encode_key(how: How, texts: list[str], chunk: list[Record]) -> Key:
+    pieces = [sentences(text) if how.split_sentences else [text] for text in texts]
+    ids = iter(_ids(how.tokenizer, [piece for document in pieces for piece in document], pieces, chunk))
+    end = [how.tokenizer.eod] if how.append_eod else []
+    found: list[list[int]] = []
+    counts = np.zeros(len(texts), np.int32)
+    for number, document in enumerate(pieces):
+        sequences = [sequence for sequence in (next(ids) for _ in document) if sequence]
+        if sequences:
+            sequences[-1] = sequences[-1] + end
+        counts[number] = len(sequences)
+        found += sequences
+    lengths = np.fromiter(map(len, found), np.int32, len(found))
+    tokens = np.fromiter(chain.from_iterable(found), np.int64, int(lengths.sum(dtype=np.int64)))
+    smallest = token_dtype(how.tokenizer.vocab_size)
+    fits = not len(tokens) or (tokens.min() >= 0 and tokens.max() <= np.iinfo(str(smallest)).max)
+    return Key(tokens.astype(smallest) if fits else tokens, lengths, counts)  # what does not fit, the writer refuses
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str], pieces: list[list[str]], chunk: list[Record]) -> list[list[int]]:
     try:
-        encoded = tokenizer.encode_batch([text for _, text in chunk])
+        return tokenizer.encode_batch(texts)
     except ValueError:
-        for source, text in chunk:  # again one by one, to name the document
+        for record, document in zip(chunk, pieces, strict=True):  # again one by one, to name the document
             try:
-                tokenizer.encode(text)
+                tokenizer.encode_batch(document)
             except ValueError as error:
-                raise ValueError(f"{source}: {error}") from None
+                raise ValueError(f"{record.source}: {error}") from None
         raise
-    return encoded, sum(len(text.encode()) for _, text in chunk)
 
 
 def _alone() -> None:
@@ -112,15 +199,22 @@ def _alone() -> None:
 
 
 @lru_cache(1)
-def _unpickle(pickled: bytes) -> Tokenizer:
+def _unpickle(pickled: bytes) -> How:
     return pickle.loads(pickled)
 
 
-def _work(pickled: bytes, chunk: list[Document]) -> Encoded:
+def _work(pickled: bytes, chunk: list[Record]) -> Encoded:
     return _encode(_unpickle(pickled), chunk)
 
 
-def _chunks(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    texts = iter(texts)
-    while chunk := list(islice(texts, CHUNK)):
+def _chunks(found: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    size = 0
+    for record in found:
+        chunk.append(record)
+        size += len(record.found) if isinstance(record.found, bytes) else sum(len(str(x)) for x in record.found.values())
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk

@@ -1,7 +1,8 @@
 """Text to token ids and back: byte-level BPE, plain bytes, and `null` (text that is already ids), behind one interface.
 
-`load` takes what a user has: a tokenizer.json, a Hugging Face folder that holds one, or the words `byte`, `null`,
-`null:SIZE`. Text is text: a document that happens to contain "<|endoftext|>" is not cut there.
+`load` takes what a user has: a tokenizer.json, a Hugging Face folder that holds one, GPT-2's vocab.json and merges.txt, a
+SentencePiece model, a tiktoken file or name, or the words `byte`, `null`, `null:SIZE`. Text is
+text: a document that happens to contain "<|endoftext|>" is not cut there.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers as hf
 
+from fmegatron.data import tokenizer_files
+
 # Llama-3's words and numbers, but a line break takes the indentation after it and the punctuation before it along:
 # ":\n        " is one piece. With 4,096 tokens the standard library has 3.90 bytes a token; Llama-3's split, 3.65.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?|[\r\n]+ *|\s+(?!\S)|\s+"
 EOD = "<|endoftext|>"
+KINDS = "a tokenizer.json, a folder with one, vocab.json and merges.txt, FILE.model, FILE.tiktoken, byte, null or null:SIZE"
 END_NAMES = (EOD, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -162,8 +166,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
 
 
 def load(source: str | Path, eod: str | None = None) -> Tokenizer:
-    """The tokenizer that `source` names: a tokenizer.json, a folder with one, `byte`, `null` or `null:SIZE`.
+    """The tokenizer that `source` names.
 
+    A tokenizer.json or a folder with one; a vocab.json or merges.txt with the other beside it, or their folder; FILE.model
+    (SentencePiece); FILE.tiktoken; tiktoken:NAME; `byte`, `null` or `null:SIZE`. Raises ValueError for what is none.
     `eod` names the token that ends documents; without it a folder's tokenizer_config.json is asked for its eos_token.
     """
     word, _, size = str(source).partition(":")
@@ -171,18 +177,34 @@ def load(source: str | Path, eod: str | None = None) -> Tokenizer:
         return Bytes()
     if word == "null" and (not size or size.isdecimal()):
         return Null(int(size) if size else None)
+    if word == "tiktoken" and size:
+        return tokenizer_files.Tiktoken.named(size)
     path = Path(source)
     if path.is_dir():
         eod = eod or _eos_token(path / "tokenizer_config.json")
-        path = path / "tokenizer.json"
+        names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}: give a tokenizer.json, a folder with one, byte, null or null:SIZE")
+        raise ValueError(f"no tokenizer at {path}: give {KINDS}")
     try:
+        if path.suffix == ".model":
+            return tokenizer_files.SentencePiece.from_file(path, eod)
+        if path.suffix == ".tiktoken":
+            return tokenizer_files.Tiktoken.from_file(path)
+        if path.name.endswith(("vocab.json", "merges.txt")):
+            return Bpe(tokenizer_files.gpt2(path), eod)
         return Bpe(hf.Tokenizer.from_file(str(path)), eod)
     except ValueError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer ({error}): give {KINDS}") from None
+
+
+def padded_vocab(size: int, multiple: int = 128) -> int:
+    """The vocabulary a model is given: `size` rounded up to a multiple, of 128 and the tensor-parallel size for example."""
+    if min(size, multiple) < 1:
+        raise ValueError(f"vocabulary {size}, multiple {multiple}: at least 1 each")
+    return -(-size // multiple) * multiple
 
 
 def _eos_token(path: Path) -> str | None:

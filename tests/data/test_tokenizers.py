@@ -75,7 +75,7 @@ def test_null() -> None:
 
 def test_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
+    with pytest.raises(ValueError, match="bad.json is not a tokenizer"):
         load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="no tokenizer at .*: give a tokenizer.json"):
         load(tmp_path / "absent")
