@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,14 @@ class Cache:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._coming: dict[int, Future[Shard]] = {}
+        self._wanted: list[int] = []  # ahead, soonest first
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mds-fetch")
         for folder in {place.local for place, _ in self._far}:
             _sweep(folder)
 
     def close(self) -> None:
         """Start no further fetch, and wait for those under way."""
+        self._wanted = []
         self._pool.shutdown(cancel_futures=True)
 
     def shard(self, number: int) -> Shard:
@@ -94,26 +96,27 @@ class Cache:
                 self._open.move_to_end(number)
                 return self._open[number]
             coming = self._start(number)
-        try:
-            return coming.result()
-        finally:
-            with self._lock:
-                self._coming.pop(number, None)
+        return coming.result()
 
     def ahead(self, numbers: Iterable[int]) -> None:
-        """Start fetching what comes next, soonest first: as many as there are threads, and not more than half the limit."""
-        room = self.limit // 2 if self.limit is not None else None
+        """Fetch in the background what comes next, soonest first: as much as fits in half the limit."""
+        wanted, room = [], self.limit // 2 if self.limit is not None else None
         for number in numbers:
             place, info = self.shards[number]
             if room is not None and place.remote is not None:
                 room -= info.space
                 if room < 0:
-                    return
-            with self._lock:
-                if len([future for future in self._coming.values() if not future.done()]) >= self._threads:
-                    return
-                if number not in self._open:
-                    self._start(number)
+                    break
+            wanted.append(number)
+        with self._lock:
+            self._wanted = wanted
+            self._next()
+
+    def _next(self) -> None:
+        while self._wanted and len(self._coming) < self._threads:
+            number = self._wanted.pop(0)
+            if number not in self._open:
+                self._start(number)
 
     def _start(self, number: int) -> Future[Shard]:
         if number not in self._coming:
@@ -121,25 +124,31 @@ class Cache:
         return self._coming[number]
 
     def _bring(self, number: int) -> Shard:
-        """The shard, opened; what is opened least recently is closed."""
+        """The shard, opened; what was used least recently is closed."""
+        shard = None
+        try:
+            shard = self._opened(number)
+        finally:
+            with self._lock, suppress(RuntimeError):  # no new work when the interpreter ends
+                self._coming.pop(number, None)
+                if shard is not None:
+                    self._open[number] = shard
+                    while len(self._open) > self._most:
+                        self._open.popitem(last=False)
+                self._next()
+        return shard
+
+    def _opened(self, number: int) -> Shard:
         place, info = self.shards[number]
         path = place.local / info.raw_data.basename
         for _ in range(3):  # another process may evict it between the two lines
             self._have(place, info, path)
             try:
-                shard = Shard(path, info, allow_unsafe=self.allow_unsafe)
-                break
+                return Shard(path, info, allow_unsafe=self.allow_unsafe)
             except ValueError:
                 if path.exists() or place.remote is None:
                     raise
-        else:
-            raise ValueError(f"{path} is evicted as soon as it is here: raise cache_limit")
-        with self._lock:
-            self._coming.pop(number, None)
-            self._open[number] = shard
-            while len(self._open) > self._most:
-                self._open.popitem(last=False)
-        return shard
+        raise ValueError(f"{path} is evicted as soon as it is here: raise cache_limit")
 
     def _have(self, place: Place, info: ShardInfo, path: Path) -> None:
         if not path.exists():
@@ -148,10 +157,8 @@ class Cache:
                 if not path.exists():
                     self._fetch(place, info, path)
         if place.remote is not None and self.limit is not None:
-            try:
+            with suppress(FileNotFoundError):  # evicted in between: the caller sees that
                 os.utime(path)
-            except FileNotFoundError:
-                pass  # evicted in between: the caller sees that
 
     def _fetch(self, place: Place, info: ShardInfo, path: Path) -> None:
         packed = place.local / info.remote.basename
@@ -248,10 +255,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _files(folder: Path) -> dict[str, os.stat_result]:
     out = {}
     for entry in os.scandir(folder):
-        try:
+        with suppress(FileNotFoundError):  # another process has just evicted or renamed it
             out[entry.name] = entry.stat()
-        except FileNotFoundError:
-            pass  # another process has just evicted or renamed it
     return out
 
 

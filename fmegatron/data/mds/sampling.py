@@ -96,17 +96,17 @@ def resample(
 ) -> list[Drawn]:
     """The epoch's samples of each stream: every shard whole as often as it fits, then some of it.
 
-    sizes: samples of each shard, stream by stream; ids count through all of them. `fixed` draws the same every epoch. All
-    streams draw from one generator, one after another, or `apart` each from its own.
+    sizes: samples of each shard, stream by stream; ids count from the stream's first sample. `fixed` draws the same every
+    epoch. All streams draw from one generator, one after another, or `apart` each from its own.
     """
     if granularity < 1:
         raise ValueError(f"sampling_granularity {granularity}: at least 1")
     rng = np.random.default_rng(seed if fixed else seed + epoch)
-    out, offset = [], 0
+    out = []
     for shards, count in zip(sizes, counts.tolist(), strict=True):
         rng = np.random.default_rng(seed if fixed else seed + epoch) if apart else rng
         chosen = of_shards(shards, count, granularity, seed + epoch if shuffled and not fixed else seed)
-        units, ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        units, ids, offset = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         for size, wanted in zip(shards.tolist(), chosen.tolist(), strict=True):
             whole = np.arange(offset, offset + size)
             rounds, left = divmod(wanted, size)
@@ -117,8 +117,3 @@ def resample(
             offset += size
         out.append(Drawn(np.concatenate(units), np.concatenate(ids)))
     return out
-
-
-def together(drawn: Sequence[Drawn]) -> Drawn:
-    """All streams as one."""
-    return Drawn(np.concatenate([each.units for each in drawn]), np.concatenate([each.ids for each in drawn]))
