@@ -3,6 +3,7 @@
 # make test-all       the long tests too
 # make test-versions  the tests on every other Python that is present; make test-versions TORCH=torch==2.11.0
 # make test-wheel     builds the wheel, installs it in an empty environment, trains a few steps
+# make equivalence    every preset on every mesh of 8 ranks against one device: a table and a picture
 # make bench          benchmarks/, side by side with peers
 # make clean
 #
@@ -35,7 +36,7 @@ CORE := $(VENV)/installed-$(CHOICE)
 TEST := $(VENV)/installed-$(CHOICE)-test
 BENCH := $(VENV)/installed-$(CHOICE)-bench
 
-.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench clean constraints
+.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench equivalence clean constraints
 train: $(CORE)
 	$(BIN)/fmegatron train quickstart $(ARGS)
 
@@ -78,6 +79,9 @@ test-wheel: wheel
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+equivalence: $(TEST)
+	$(BIN)/python experiments/equivalence/equivalence.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

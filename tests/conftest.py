@@ -17,9 +17,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; befor
 import hypothesis  # noqa: E402
 
 BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make test stays under 12 minutes
-    ".": 60, "sharding": 200, "nn": 100, "models": 150, "optim": 60, "data": 60, "train": 250, "kernels": 30,
-    "inference": 60, "plan": 90,
-    "properties": 120, "distributed": 300, "experiments": 120, "mutations": 60, "benchmarks": 60})
+    ".": 90,
+    "sharding": 200,
+    "nn": 120,
+    "models": 150,
+    "optim": 120,
+    "data": 150,
+    "train": 300,
+    "kernels": 30,
+    "inference": 60,
+    "plan": 90,
+    "properties": 120,
+    "distributed": 300,
+    "experiments": 150,
+    "mutations": 60,
+    "benchmarks": 60,
+})
 
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=200, deadline=None)

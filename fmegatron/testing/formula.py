@@ -92,7 +92,7 @@ def parameters(case: Case) -> None:
     """What parameters, gradients and updates send."""
     c, m, tp = case.c, case.m, case.ranks("tp")
     store = "ddp" if case.rules.startswith("tp") else case.rules.split("_")[0]
-    storage: Sequence[str] = {"fsdp": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
+    storage: Sequence[str] = {"fsdp": DATA_AXES, "zero3": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
     optimizer = DATA_AXES if store in ("zero1", "zero2") else storage
     kv = 2 * c.embed * case.kv * c.head_dim
     layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + kv + 2 * c.embed

@@ -1,0 +1,82 @@
+"""Every preset on every mesh of 8 ranks against one device: a Markdown table, a heat map, the worst figure as the last line.
+
+    python experiments/equivalence/equivalence.py --folder runs/equivalence        (make equivalence)
+
+Exit status 1 where an error is above 1e-10, or a step sends anything but what the formula says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from rich.progress import track
+
+from fmegatron.testing.equivalence import Result, cases, compare, reference
+from fmegatron.testing.formula import Case
+
+TOLERANCE = 1e-10
+Table = list[tuple[Case, Result]]
+
+
+def mesh_of(case: Case) -> str:
+    """ "dp2 tp4"."""
+    return " ".join(f"{axis}{size}" for axis, size in case.sizes.items())
+
+
+def markdown(results: Table) -> str:
+    """The table, a line a case."""
+    lines = ["| rules | mesh | microbatches | remat | loss | gradients | parameters after 5 steps | traffic |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case, found in results:
+        errors = " | ".join(f"{x:.1e}" for x in (found.loss, found.gradients, found.parameters))
+        traffic = "= formula" if found.traffic else "differs"
+        lines.append(f"| {case.rules} | {mesh_of(case)} | {case.m} | {case.remat} | {errors} | {traffic} |")
+    return "\n".join(lines) + "\n"
+
+
+def heat_map(results: Table, file: Path) -> None:
+    """The largest error of each case, rules by meshes; a cross where the traffic is not the formula's."""
+    rules, meshes = list(dict.fromkeys(c.rules for c, _ in results)), sorted({mesh_of(c) for c, _ in results})
+    errors = np.full((len(rules), len(meshes)), np.nan)
+    figure, axes = plt.subplots(figsize=(2 + 0.42 * len(meshes), 1.8 + 0.3 * len(rules)), layout="constrained")
+    for case, found in results:
+        row, column = rules.index(case.rules), meshes.index(mesh_of(case))
+        errors[row, column] = np.log10(max(found.worst, 1e-17))
+        if not found.traffic:
+            axes.plot(column, row, "kx")
+    image = axes.imshow(errors, vmin=-17, vmax=-10, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(meshes)), meshes, rotation=90)
+    axes.set_yticks(range(len(rules)), rules)
+    axes.set_title(f"{len(results)} ways to lay a step over 8 ranks: largest error against one device, fp64")
+    figure.colorbar(image, label="log10 of the error, in parts of a tensor's largest entry")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    """Run, write, and say the worst."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", type=Path, default=Path("runs/equivalence"))
+    parser.add_argument("--every", type=int, default=1, help="only every N-th case")
+    given = parser.parse_args(arguments)
+    matplotlib.use("agg")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    alone = reference()
+    chosen = cases(8)[:: given.every]
+    results = [(case, compare(case, alone)) for case in track(chosen, "cases", disable=not sys.stderr.isatty())]
+    (given.folder / "equivalence.md").write_text(markdown(results), encoding="utf-8")
+    heat_map(results, given.folder / "equivalence.png")
+    wrong = [mesh_of(case) for case, found in results if not found.traffic]
+    worst = max(found.worst for _, found in results)
+    print(f"{given.folder}/equivalence.md, equivalence.png")
+    print(f"{len(results)} cases, traffic differs in {len(wrong)}, largest error {worst:.1e}")
+    return int(bool(wrong) or worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

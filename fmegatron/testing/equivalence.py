@@ -1,0 +1,133 @@
+"""Every legal way to lay a step over a number of ranks, held against one device: values, gradients, training, traffic.
+
+    alone = reference()
+    for case in cases(8): print(case, compare(case, alone))
+
+`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmegatron import optim, tree
+from fmegatron.models import Config, Model, gpt
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
+from fmegatron.sharding.traffic import counted
+from fmegatron.testing.formula import Case, step_traffic
+from fmegatron.testing.invariance import Measured, assert_same, measure, whole_leaves
+from fmegatron.train.state import init
+from fmegatron.train.step import make_step, plan_step
+
+CONFIG = Config(layers=3, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
+BATCH = (8, 16)  # samples, tokens
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """Errors relative to each tensor's largest entry, the worst tensor's; and whether the traffic is the formula's."""
+
+    loss: float
+    gradients: float
+    parameters: float  # after five steps of SGD
+    traffic: bool
+
+    @property
+    def worst(self) -> float:
+        """The largest error."""
+        return max(self.loss, self.gradients, self.parameters)
+
+
+def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "tp")) -> Iterator[dict[str, int]]:
+    """Every way to give `ranks` ranks to axes, those of size 1 left out."""
+    if not axes:
+        if ranks == 1:
+            yield {}
+        return
+    for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        for rest in meshes(ranks // size, axes[1:]):
+            yield ({axes[0]: size} if size > 1 else {}) | rest
+
+
+def cases(ranks: int) -> list[Case]:
+    """Every preset on every mesh whose axes it names; microbatches and remat vary with the case."""
+    pairs = [(name, sizes) for name, rules in RULES.items() for sizes in meshes(ranks) if sizes.keys() <= rules.axes]
+    found = []
+    for i, (name, sizes) in enumerate(pairs):
+        rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1))
+        m, remat = min(rows, 1 + i % 2), ("none", "full", "every-2", "selective")[i % 4]
+        found.append(Case(name, sizes, CONFIG, BATCH, m, remat, keeps=True))
+    return found
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    """Tokens, labels, weights and documents, the same on every mesh."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = (torch.randint(0, CONFIG.vocab, BATCH, generator=generator) for _ in range(2))
+    weights = torch.rand(BATCH, generator=generator, dtype=torch.float64)
+    documents = (torch.rand(BATCH, generator=generator) > 0.8).long().cumsum(1)
+    return {"tokens": tokens, "labels": labels, "weights": weights, "documents": documents}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model, what one device computes, and its parameters after the steps."""
+
+    model: Model
+    measured: Measured
+    trained: dict[str, Tensor]
+
+
+def reference() -> Reference:
+    """One device's values: what every case is held against."""
+    model = gpt(CONFIG)
+    return Reference(model, measure(model, SINGLE, batch(0)), trained(model, SINGLE, {}))
+
+
+def compare(case: Case, reference: Reference) -> Result:
+    """Run one case and hold it against one device; AssertionError where an activation differs in more than rounding."""
+    model, alone = reference.model, reference.measured
+    mesh, traffic = counted(virtual_mesh(**case.sizes))
+    sh = Sharding(mesh, RULES[case.rules])
+    settings = {"microbatches": case.m, "remat": case.remat}
+    here = measure(model, sh, batch(0), expected=alone, **settings)
+    assert_same(here, alone, 1e-10)
+    after = trained(model, sh, settings)
+    traffic.clear()
+    one_step(model, sh, settings)
+    return Result(
+        loss=error({"loss": here.metrics["loss"]}, {"loss": alone.metrics["loss"]}),
+        gradients=error(here.grads, alone.grads),
+        parameters=error(after, reference.trained),
+        traffic=traffic.counts() == step_traffic(case),
+    )
+
+
+def error(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest difference, in parts of the tensor's largest entry, over all tensors."""
+    return max(float((actual[name] - x).abs().max() / x.abs().max().clamp(min=1e-30)) for name, x in wanted.items())
+
+
+def trained(model: Model, sh: Sharding, settings: Mapping[str, object]) -> dict[str, Tensor]:
+    """The parameters after a few steps of SGD, whole, fp64."""
+    tx = optim.sgd(0.1)
+    plan = plan_step(model, sh)
+    state, step = init(model, tx, sh, dtype=torch.float64), make_step(model, tx, sh, **settings)
+    for seed in range(STEPS):
+        state, _ = step(state, {name: shard(plan.sh, x, "batch seq") for name, x in batch(seed).items()})
+    return whole_leaves(plan, state.params, "storage")
+
+
+def one_step(model: Model, sh: Sharding, settings: Mapping[str, object]) -> None:
+    """One fp32 step on a full batch, whose traffic the formula knows."""
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))
+    full = batch(0) | {"positions": torch.arange(BATCH[1]).expand(BATCH)} | {"sample": torch.arange(BATCH[0])}
+    names = tree.map(lambda x: "batch seq" if x.dim() == 2 else "batch", full)
+    full["weights"] = full["weights"].float()
+    local = {name: shard(sh, x, names[name]) for name, x in full.items()}
+    make_step(model, tx, sh, **settings)(init(model, tx, sh), local)

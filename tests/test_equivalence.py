@@ -1,0 +1,39 @@
+"""A sample of `make equivalence`; and that it can fail."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fmegatron.testing import equivalence
+from fmegatron.testing.equivalence import cases, compare, meshes, reference
+
+ALL = cases(8)
+SAMPLE = random.Random(0).sample(ALL, 10)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return reference()
+
+
+def test_every_way_to_give_ranks_to_axes():
+    found = list(meshes(8))
+    assert len(found) == len({tuple(m.items()) for m in found}) == 20  # 3 twos into 4 axes
+    assert {"dp": 2, "cp": 2, "tp": 2} in found and {"tp": 8} in found
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda c: f"{c.rules} {c.sizes} m={c.m} {c.remat}")
+def test_a_step_is_one_devices_and_sends_what_the_formula_says(case, alone):
+    found = compare(case, alone)
+    assert found.worst < 1e-10 and found.traffic
+
+
+def test_other_data_and_other_traffic_are_seen(alone, monkeypatch):
+    case = next(c for c in ALL if c.rules == "tp" and c.sizes == {"tp": 8})
+    monkeypatch.setattr(equivalence, "step_traffic", lambda case: {})
+    assert not compare(case, alone).traffic
+    first = equivalence.batch
+    monkeypatch.setattr(equivalence, "batch", lambda seed: first(seed + (seed == 4)))
+    assert compare(case, alone).parameters > 1e-6
