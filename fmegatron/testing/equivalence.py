@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def compare(case: Case, reference: Reference) -> Result:
     model, alone = reference.model, reference.measured
     mesh, traffic = counted(virtual_mesh(**case.sizes))
     sh = Sharding(mesh, RULES[case.rules])
-    settings = {"microbatches": case.m, "remat": case.remat}
+    settings: dict[str, Any] = {"microbatches": case.m, "remat": case.remat}
     here = measure(model, sh, batch(0), expected=alone, **settings)
     assert_same(here, alone, 1e-10)
     after = trained(model, sh, settings)
@@ -113,7 +114,7 @@ def error(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return max(float((actual[name] - x).abs().max() / x.abs().max().clamp(min=1e-30)) for name, x in wanted.items())
 
 
-def trained(model: Model, sh: Sharding, settings: Mapping[str, object]) -> dict[str, Tensor]:
+def trained(model: Model, sh: Sharding, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The parameters after a few steps of SGD, whole, fp64."""
     tx = optim.sgd(0.1)
     plan = plan_step(model, sh)
@@ -123,7 +124,7 @@ def trained(model: Model, sh: Sharding, settings: Mapping[str, object]) -> dict[
     return whole_leaves(plan, state.params, "storage")
 
 
-def one_step(model: Model, sh: Sharding, settings: Mapping[str, object]) -> None:
+def one_step(model: Model, sh: Sharding, settings: Mapping[str, Any]) -> None:
     """One fp32 step on a full batch, whose traffic the formula knows."""
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))
     full = batch(0) | {"positions": torch.arange(BATCH[1]).expand(BATCH)} | {"sample": torch.arange(BATCH[0])}
