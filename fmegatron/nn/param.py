@@ -32,12 +32,14 @@ class Param:
 
     decay: None means yes for what has two dims or more, as Megatron-LM does; say False for a bias of several dims.
     layers: the number of layers that a stacked leaf holds; its first name is then "layers".
+    inputs: of a matrix of more than two dims, how many a product with it sums over; None: see `matrix`.
     """
 
     names: str
     init: Init
     decay: bool | None = None
     layers: int | None = None
+    inputs: int | None = None
 
     @property
     def decays(self) -> bool:
@@ -60,6 +62,38 @@ def _size(param: Param, name: str, sizes: Sizes) -> Size:
         raise ValueError(f"Param({param.names!r}): no size for {name!r}, known are {', '.join(sorted(sizes))}")
     size = sizes[name]
     return size if isinstance(size, Size) else Size(size)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a leaf is matrices: `batch` leading dims number them, then come `rows` dims of inputs; the others are outputs."""
+
+    batch: int
+    rows: int
+
+    def fold(self, x: Tensor) -> Tensor:
+        """[*batch, *inputs, *outputs] -> [n, rows, columns]."""
+        rows = math.prod(x.shape[self.batch : self.batch + self.rows])
+        return x.reshape(-1, rows, math.prod(x.shape[self.batch + self.rows :]))
+
+
+BATCHES = ("layers", "expert")  # dims that number matrices
+TABLES = ("vocab", "position")  # dims of a table whose rows are looked up
+
+
+def matrix(param: Param) -> Matrix | None:
+    """The matrices of a leaf, None for vectors. Of three dims the last two are outputs, unless the last is embed."""
+    names = param.names.split()
+    batch = next((i for i, name in enumerate(names) if name not in BATCHES), len(names))
+    inner = names[batch:]
+    if len(inner) < 2 or not param.decays:
+        return None
+    return Matrix(batch, param.inputs or (len(inner) - 1 if inner[-1] == "embed" else 1))
+
+
+def table(param: Param) -> bool:
+    """Whether it holds a row a token or position: embeddings, and the head."""
+    return any(name in TABLES for name in param.names.split())
 
 
 # -- initial values -------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@
     updates, state = tx.update(grads, state, params)
     params = apply_updates(params, updates)
 
-`over` is how a transform sees beyond its own shards: `over.norm(tree)` is the norm of the whole tree, `over.mean(tree)` the
-mean of each whole leaf, `over.whole(fn, tree)` applies fn to whole leaves. Each element counts once, whatever holds it twice.
-`LOCAL` is one device, where the shard is the whole.
+`over` is how a transform sees beyond its own shards: `over.norm(tree)` is the norm of the whole tree, `over.mean(tree, dims)`
+each leaf's mean over some dims, `over.whole(fn, tree, views)` applies fn to whole matrices. Each element counts once, whatever
+holds it twice. `LOCAL` is one device, where the shard is the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.nn.param import Matrix
 
 Tree = Any
+Dims = Mapping[str, tuple[int, ...]]  # by path
+Views = Mapping[str, Matrix]  # by path
 
 
 class Over(Protocol):
@@ -30,11 +33,14 @@ class Over(Protocol):
     def norm(self, updates: Tree) -> Tensor:
         """The 2-norm of all elements of a tree, 0-D, at least fp32."""
 
-    def mean(self, updates: Tree) -> Tree:
-        """Each leaf's mean over its elements, 0-D."""
+    def mean(self, updates: Tree, dims: Dims) -> Tree:
+        """Each leaf's mean over its dims `dims[path]`, which stay with size 1; pads do not count."""
 
-    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
-        """fn of each leaf, given it whole and keeping its shape; the result lies as the leaf lay."""
+    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
+        """fn, [n, rows, columns] -> the same, of all leaves' whole matrices `views[path]`; results lie as the leaves lay.
+
+        fn treats matrices one by one: it gets those of several leaves at once, and on a mesh each rank gets some of them.
+        """
 
 
 class Update(Protocol):
@@ -73,13 +79,20 @@ class Local:
                  for u in tree.leaves(updates)]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def mean(self, updates: Tree) -> Tree:
-        """Each leaf's mean."""
-        return tree.map(torch.mean, updates)
+    def mean(self, updates: Tree, dims: Dims) -> Tree:
+        """Each leaf's mean over its dims."""
+        return tree.map_with_path(lambda path, u: u.mean(dims[path], keepdim=True) if dims[path] else u, updates)
 
-    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
-        """fn of each leaf."""
-        return tree.map(fn, updates)
+    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
+        """fn of all leaves' matrices, those of one shape at once."""
+        values, groups = tree.to_paths(updates), dict[Any, list[str]]()
+        for path, u in values.items():
+            groups.setdefault(views[path].fold(u).shape[1:], []).append(path)
+        for paths in groups.values():
+            folded = [views[path].fold(values[path]) for path in paths]
+            parts = fn(torch.cat(folded)).split([x.shape[0] for x in folded])
+            values |= {path: y.reshape(values[path].shape) for path, y in zip(paths, parts, strict=True)}
+        return tree.map_with_path(lambda path, _: values[path], updates)
 
 
 LOCAL = Local()
@@ -97,13 +110,13 @@ class Known:
         """The known norm if these are the known updates, by identity."""
         return self.value if updates is self.updates else self.over.norm(updates)
 
-    def mean(self, updates: Tree) -> Tree:
+    def mean(self, updates: Tree, dims: Dims) -> Tree:
         """Asks `over`."""
-        return self.over.mean(updates)
+        return self.over.mean(updates, dims)
 
-    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
+    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """Asks `over`."""
-        return self.over.whole(fn, updates)
+        return self.over.whole(fn, updates, views)
 
 
 def chain(*transforms: Transform) -> Transform:

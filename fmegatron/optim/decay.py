@@ -30,7 +30,8 @@ def add_decayed_weights(weight_decay: float | Tensor | Schedule, mask: Mask = No
 
     def each(params: Tree) -> list[float]:
         if mask is not None and not callable(mask):
-            return [float(m) for m, _ in zip(tree.leaves(mask), tree.leaves(params), strict=True)]
+            of = tree.to_paths(mask)  # by path: params may be one group's
+            return [float(of[path]) for path in tree.to_paths(params)]
         return [float(m) for m in tree.leaves(tree.map_with_path(mask or matrices, params))]
 
     def leaf(u: Any, p: Any, slots: Slots, s: dict[str, Any]) -> tuple[Any, Slots]:

@@ -14,6 +14,8 @@ The links of tx fall into three parts, and only the last elementwise run is fuse
     factor    a Scaling right before the tail (clipping)    one number, multiplied in by the kernel
     tail      the last run of elementwise links             composed with p + u and the choice of ok
 
+Where the last link is `multi`, each of its groups is such a step on its own leaves, times the factor before it.
+
 compile   one kernel by torch.compile over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
           integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
 donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
@@ -36,6 +38,7 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
 from fmegatron.optim.elementwise import Elementwise, plain
+from fmegatron.optim.groups import Groups, join
 from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -53,9 +56,18 @@ class FusedStep:
     def parts(self) -> tuple[tuple[Transform, ...], Transform | None, tuple[Transform, ...]]:
         """(head, factor, tail)."""
         links = _links(self.tx)
+        if links and isinstance(links[-1].form, Groups):
+            scaled = len(links) > 1 and isinstance(links[-2].form, Scaling)
+            return links[: len(links) - 1 - scaled], links[-2] if scaled else None, ()
         cut = next((i for i in range(len(links), 0, -1) if not isinstance(links[i - 1].form, Elementwise)), 0)
         scaled = cut > 0 and isinstance(links[cut - 1].form, Scaling)
         return links[: cut - scaled], links[cut - 1] if scaled else None, links[cut:]
+
+    @cached_property
+    def groups(self) -> dict[str, FusedStep]:
+        """{label: step of its group}, where the last link is `multi`; else nothing."""
+        form = _links(self.tx)[-1].form if _links(self.tx) else None
+        return {label: FusedStep(tx) for label, tx in form.transforms.items()} if isinstance(form, Groups) else {}
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -79,25 +91,35 @@ class FusedStep:
             raise ValueError("a compiled or donating optimizer step cannot run under vmap or grad: "
                              "pass compile=False, donate=False")
         with torch.no_grad():
-            return self._in_one_pass(grads, state, params, over, ok, donate, self.compiled if compile else self.kernel)
+            return self._in_one_pass(grads, state, params, over, ok, donate, compile)
 
     def _in_one_pass(
-        self, u: Tree, state: Tree, params: Tree, over: Over, ok: Tensor | None, donate: bool, kernel: Kernel
+        self, u: Tree, state: Tree, params: Tree, over: Over, ok: Tensor | None, donate: bool, compile: bool,
+        by: Tensor | None = None,
     ) -> tuple[Tree, Tree]:
+        """by: a factor on the updates, of a link before this transform."""
         head, factor, tail = self.parts
         states = list(state) if isinstance(self.tx.form, tuple) else [state]
+        if by is not None and (head or factor):
+            u, by = tree.map(lambda x: x * by, u), None
         for i, link in enumerate(head):
             u, new = link.update(u, states[i], params, over=over)
             states[i] = keep(ok, new, states[i])
+        if factor is not None:
+            by = factor.form.factor(u, over)
+        if self.groups:
+            params, states[-1] = self._by_group(u, states[-1], params, over, ok, donate, compile, by)
+            return params, tuple(states) if isinstance(self.tx.form, tuple) else states[0]
         leaves, spec = tree.flatten(params)
         if not leaves:
             return params, state
+        kernel = self.compiled if compile else self.kernel
         start = len(states) - len(tail)
         forms, old = [link.form for link in tail], states[start:]
         slots = [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.slots]
 
         one = leaves[0].new_ones((), dtype=torch.float64)
-        numbers = [factor.form.factor(u, over) if factor else one, one if ok is None else ok]
+        numbers = [one if by is None else by, one if ok is None else ok]
         numbers += [n for f, s in zip(forms, old, strict=True) if f.numbers for n in f.numbers(s["count"]).values()]
         own = zip(*[f.each(params) for f in forms if f.each], strict=True) if any(f.each for f in forms) else None
         vectors: dict[Any, Tensor] = {}
@@ -117,6 +139,13 @@ class FusedStep:
                                          for name, k in zip(f.slots, new_slots, strict=False)}
         new_state = tuple(states) if isinstance(self.tx.form, tuple) else states[0]
         return spec.unflatten([r[0] for r in results]), new_state
+
+    def _by_group(
+        self, u: Tree, state: Tree, params: Tree, over: Over, ok: Tensor | None, donate: bool, compile: bool, by: Tensor | None
+    ) -> tuple[Tree, Tree]:
+        done = {label: self.groups[label]._in_one_pass(g, state[label], own, over, ok, donate, compile, by)
+                for label, (own, g) in _links(self.tx)[-1].form.split(params, u).items()}
+        return join([p for p, _ in done.values()], params), {label: new for label, (_, new) in done.items()}
 
 
 def fuse(tx: Transform) -> FusedStep:

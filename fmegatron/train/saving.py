@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.models import layers
 from fmegatron.models.model import Model
+from fmegatron.nn.param import Param, matrix
+from fmegatron.optim.adafactor import inputs, outputs
 from fmegatron.sharding import Mesh, Placement, Sharding
 from fmegatron.sharding.chunks import Chunks, chunks_of
 from fmegatron.train import checkpoint
@@ -157,7 +160,8 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
             out[f"opt.{path}"] = _everywhere(x, sh.mesh, copies)
         else:
             prefix = f"opt.{path.removesuffix(leaf.path)}"
-            by_layer = layers.leaf_by_layer(leaf.path, leaf.param, x, leaf.optimizer, model.sizes, sh.mesh, copies)
+            declared, place = _factored(prefix.split(".")[-2], leaf)
+            by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, {**model.sizes, "one": 1}, sh.mesh, copies)
             out |= {prefix + key: chunks for key, chunks in by_layer.items()}
     return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
 
@@ -183,6 +187,19 @@ def _mirrored(path: str, leaves: Mapping[str, Leaf]) -> Leaf | None:
     """The parameter whose path ends an optimizer's leaf's: "0.mu.layers.0.attn.q" mirrors "layers.0.attn.q"."""
     parts = path.split(".")
     return next((leaves[end] for i in range(len(parts)) if (end := ".".join(parts[i:])) in leaves), None)
+
+
+def _factored(slot: str, leaf: Leaf) -> tuple[Param, Placement]:
+    """How a state's leaf lies: as its parameter; of Adafactor's means, with size 1 in the dims that they are over."""
+    view = matrix(leaf.param)
+    if view is None or slot not in ("rows", "cols"):
+        return leaf.param, leaf.optimizer
+    names = leaf.param.names.split()
+    gone = outputs(view, len(names)) if slot == "rows" else inputs(view)
+    place = leaf.optimizer
+    axes = tuple(() if dim in gone else axes for dim, axes in enumerate(place.axes))
+    kept = ["one" if dim in gone else name for dim, name in enumerate(names)]
+    return replace(leaf.param, names=" ".join(kept)), replace(place, names=tuple(kept), axes=axes)
 
 
 def _own_memory(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ from fmegatron import random, tree
 from fmegatron.models.model import Model
 from fmegatron.nn import param
 from fmegatron.optim import Transform
+from fmegatron.optim.base import Dims, Views
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
+from fmegatron.train.matrices import mean_over, on_matrices
 from fmegatron.tree import Tree
 
 
@@ -75,20 +78,23 @@ class Over:
 
     def norm(self, grads: Tree) -> Tensor:
         """The L2 norm of the whole tree; each element counts once, however many ranks hold it."""
-        values = tree.leaves(grads)
         total: Any = 0.0
-        for x, leaf in zip(values, self.leaves.values(), strict=True):
+        for path, x in tree.to_paths(grads).items():
             square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
             for axis in self.sh.mesh.axes:
-                if axis.size > 1 and axis.name not in leaf.optimizer.placed:
+                if axis.size > 1 and axis.name not in self.leaves[path].optimizer.placed:
                     assert self.sh.rank is not None
                     square = apply(square, self.sh.rank, Once(axis))
             total = total + square
         return over_ranks(self.sh, total, Psum).sqrt()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over ranks of a value that each rank has its own of."""
-        return over_ranks(self.sh, x, Psum) / self.sh.mesh.size
+    def mean(self, updates: Tree, dims: Dims) -> Tree:
+        """Each leaf's mean over its dims `dims[path]`, which stay with size 1."""
+        return mean_over(self.sh, self.leaves, updates, dims)
+
+    def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
+        """fn of all leaves' whole matrices, shared out over the ranks."""
+        return on_matrices(self.sh, self.leaves, fn, updates, views)
 
 
 def over_ranks(sh: Sharding, x: Tensor, op: type[Psum] | type[Pmax]) -> Tensor:

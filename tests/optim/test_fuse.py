@@ -23,7 +23,7 @@ def problem(dtype=torch.float32):
 def orthogonal_enough(rate):
     """A closed box, as Muon is one: whole leaves, not elementwise, with a state of its own."""
     def update(grads, state, params, *, over=optim.LOCAL):
-        return over.whole(lambda u: u / (1 + u.abs().sum()), grads), {"n": state["n"] + 1}
+        return tree.map(lambda u: u / (1 + u.abs().sum()), grads), {"n": state["n"] + 1}
 
     return optim.chain(Transform(lambda params: {"n": elementwise.zero(params)}, update),
                        optim.add_decayed_weights(0.1), optim.scale_by_learning_rate(rate))
@@ -34,6 +34,9 @@ CHAINS = {
     "clip last": lambda: optim.chain(optim.sgd(0.1, momentum=0.9), optim.clip_by_global_norm(0.01)),
     "nesterov": lambda: optim.chain(optim.clip_by_value(0.3), optim.sgd(0.1, 0.9, True, 0.01)),
     "closed box": lambda: orthogonal_enough(0.1),
+    "groups": lambda: optim.chain(optim.clip_by_global_norm(1.0), optim.multi(
+        {"x": optim.adamw(1e-2), "y": optim.sgd(0.1, 0.9), "z": optim.chain(orthogonal_enough(0.1), optim.clip_by_value(0.01))},
+        [("a", "x"), ("c.*", "y"), ("*", "z")])),
     "one link": lambda: optim.scale_by_adam(),
     "decay by leaf": lambda: optim.adamw(1e-2, mask=lambda path, leaf: {"a": 1.0, "b": 0.5}.get(path, 0.0)),
 }
