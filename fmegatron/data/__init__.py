@@ -1,33 +1,42 @@
 """Data: from text to batches. A batch is a pure function of (seed, consumed samples, split)."""
 
 from fmegatron.data.batches import Batch, Rows, batch_at, held_out_batches, rows_at
+from fmegatron.data.bert import Bert
 from fmegatron.data.blending import blend_index
 from fmegatron.data.chat import Chat, load_chat
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.corpus import Corpus, quickstart
 from fmegatron.data.cycle import Cycle, InOrder, Skip
+from fmegatron.data.fim import Fim
 from fmegatron.data.gpt_indices import GptIndex, gpt_index
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from fmegatron.data.masking import Masking, continuations
+from fmegatron.data.mixture import Mixture, ramp
 from fmegatron.data.pack import Packed, PackIndex, StepIndex, Steps, by_length, first_fit, one_each
 from fmegatron.data.place import batches
 from fmegatron.data.prepare import Counts, tokenize, write_documents
 from fmegatron.data.samples import HeldOut, Samples
 from fmegatron.data.sft import Conversations, Turns
+from fmegatron.data.t5 import T5
 from fmegatron.data.text import Document, documents, stdlib_documents
 
 __all__ = [
     "Batch",
+    "Bert",
     "Chat",
     "Conversations",
     "Corpus",
     "Counts",
     "Cycle",
     "Document",
+    "Fim",
     "GptIndex",
     "HeldOut",
     "InOrder",
     "IndexedDataset",
     "IndexedWriter",
+    "Masking",
+    "Mixture",
     "PackIndex",
     "Packed",
     "Rows",
@@ -35,12 +44,14 @@ __all__ = [
     "Skip",
     "StepIndex",
     "Steps",
+    "T5",
     "Turns",
     "batch_at",
     "batches",
     "blend_index",
     "by_length",
     "compressed_sizes",
+    "continuations",
     "documents",
     "first_fit",
     "gpt_index",
@@ -48,6 +59,7 @@ __all__ = [
     "load_chat",
     "one_each",
     "quickstart",
+    "ramp",
     "rows_at",
     "stdlib_documents",
     "token_dtype",
