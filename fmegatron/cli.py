@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from fmegatron import config, toml
 from fmegatron.config import ConfigError
@@ -134,6 +135,30 @@ def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
     text.main(source, prompt, **{f.name: getattr(options, f.name) for f in fields(options)})
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Options of `convert`."""
+
+    to: Literal["hf", "checkpoint", "config"] = option("hf", "what to write; config: our TOML from another's settings")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = option(None, "of what is written; none: as it is")
+    file_bytes: int = option(5_000_000_000, "most bytes of a file of a Hugging Face folder", at_least=1)
+    config: str | None = option(None, "a file of Megatron-LM's flags, where its checkpoint does not say its model")
+
+
+def convert(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """CHECKPOINT|HF_FOLDER|MEGATRON --to hf|checkpoint FOLDER; or config FLAGS|TOML [NEW.toml]: settings of others as ours"""
+    options = toml.update(Convert(), table, "command line")
+    if words[:1] == ["config"] or options.to == "config":
+        from fmegatron.train import migrate
+        migrate.main(words[1:] if words[:1] == ["config"] else words)
+        return
+    source, target = _exactly(words, "CHECKPOINT|HF_FOLDER|MEGATRON", "FOLDER")
+    from fmegatron.train import convert
+    written = convert.convert(
+        source, target, options.to, dtype=options.dtype, file_bytes=options.file_bytes, config=options.config)
+    print(f"wrote {written}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -160,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str], flags: dict[str, bool]) -> int:
     commands: dict[str, tuple[Callable[..., None], type]] = {
         "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, config.RunConfig),
-        "tokenize": (tokenize, Tokenize), "data": (data, Data), "generate": (generate, Generate)}
+        "tokenize": (tokenize, Tokenize), "data": (data, Data), "generate": (generate, Generate), "convert": (convert, Convert)}
     if flags["--version"]:
         print(importlib.metadata.version("fmegatron"))
         return 0

@@ -136,7 +136,15 @@ class Checkpoint:
 
     interval: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0)
     keep: int = option(2, "checkpoints kept, newest first; 0: all", at_least=0)
-    resume: str | None = option(None, "a checkpoint to start from where the run's folder has none")
+    keep_every: int = option(0, "steps that it divides are kept whatever keep says; 0: none", at_least=0)
+    background: bool = option(False, "write while training goes on, from a copy of the state on the host")
+    folder: str | None = option(None, "where they go, s3://bucket/run too; none: checkpoints/ in the run's folder")
+    resume: str | None = option(None, "a checkpoint, or a folder of them, to start from where the run has none of its own")
+    load: Literal["state", "params"] = option("state", "of resume: all, or the parameters alone, for fine-tuning")
+    strict: Literal["both", "missing", "extra", "none"] = option("both", "tensors missing or extra: which is an error")
+    verify: bool = option(True, "hash every file before it is loaded")
+    last_model_only: bool = option(False, "the last checkpoint holds parameters only, in export_dtype")
+    export_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of last_model_only")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from fmegatron import config, models, toml
-from fmegatron.config import ConfigError, RunConfig
+from fmegatron import models
+from fmegatron.config import ConfigError
 from fmegatron.data import tokenizers
 from fmegatron.inference.decode import stream
-from fmegatron.models import Config, Model
-from fmegatron.nn.rope import Llama3Scaling
+from fmegatron.models import Model
 from fmegatron.sharding import SINGLE
 from fmegatron.train import checkpoint, saving
+from fmegatron.train.convert import model_of
 from fmegatron.tree import Tree
 
 
@@ -65,21 +65,6 @@ def load(source: str | Path) -> tuple[Model, Tree, tokenizers.Tokenizer]:
     if where is None:
         raise ConfigError(f"{found}: no tokenizer is known: put its tokenizer.json into {found.parent.parent}")
     return model, saving.load_params(found, model, SINGLE), tokenizers.load(where)
-
-
-def model_of(meta: dict[str, Any]) -> Model:
-    """The model of a checkpoint's meta."""
-    plain = meta.get("model")
-    if plain is not None:
-        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-        if fields.get("rope_scaling"):
-            fields["rope_scaling"] = Llama3Scaling(**fields["rope_scaling"])
-        return models.gpt(Config(**fields))
-    run = toml.update(RunConfig(), toml.loads(meta["config"]), "the checkpoint's configuration")
-    if run.model.function is None:
-        raise ConfigError("the checkpoint does not say its model")
-    made: Model = config.imported(run.model.function)(**run.model.overrides)
-    return made
 
 
 def _eod(codec: tokenizers.Tokenizer) -> int | None:

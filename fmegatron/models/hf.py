@@ -11,7 +11,8 @@ by one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -169,8 +170,9 @@ def write_hf(
     dtype: torch.dtype | None = None,
     file_bytes: int = FILE_BYTES,
     first: bool = True,
+    extra: Sequence[Path] = (),
 ) -> Path:
-    """`to_hf` from anywhere: leaves are {"layers.7.attn.q": (dtype, a function that gives it whole)}."""
+    """`to_hf` from anywhere: leaves are {"layers.7.attn.q": (dtype, a function that gives it whole)}; extra: files to copy."""
     folder = Path(folder)
     plain = describe(model.config)
     theirs = their_tensors(model, leaves, plain["model_type"], dtype)
@@ -191,6 +193,8 @@ def write_hf(
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         (new / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        for file in extra:
+            shutil.copyfile(file, new / file.name)
     if dist.is_initialized():
         dist.barrier()
     return folder

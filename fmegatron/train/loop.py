@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fmegatron import toml
-from fmegatron.config import ConfigError, RunConfig
+from fmegatron.config import RunConfig
 from fmegatron.data.batches import batches, held_out_batches
 from fmegatron.data.place import reading, shards_of
 from fmegatron.models import Model
@@ -32,10 +32,13 @@ from fmegatron.train.book import Book
 from fmegatron.train.evaluate import held_out, make_evaluate
 from fmegatron.train.progress import progress
 from fmegatron.train.replicas import make_check
+from fmegatron.train.resume import Resume
+from fmegatron.train.saver import Saver
 from fmegatron.train.signals import any_rank, stop_on_signals
 from fmegatron.train.source import Source, source_of, tokenizer_file
 from fmegatron.train.state import TrainState, init
 from fmegatron.train.step import make_step
+from fmegatron.tree import Tree
 
 Sampler = Callable[[Path, str], str]  # (checkpoint, prompt) -> text
 OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard")
@@ -68,7 +71,8 @@ class Trainer:
     sh: Sharding
     source: Source
     model: Model
-    init: Callable[[], TrainState]
+    start: Callable[[], TrainState]
+    plain: Any  # the model's config as JSON gives it back
     step: Callable[..., Any]
     compiled: bool
     evaluate: Callable[..., Any]
@@ -76,9 +80,9 @@ class Trainer:
     schedule: setup.Schedule
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.folder / "checkpoints"
+    def checkpoints(self) -> str | Path:
+        """The folder of checkpoints, or the address of a bucket."""
+        return _checkpoints(self.config)
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -95,35 +99,9 @@ class Trainer:
         precision = f"{c.training.dtype}, {'compiled' if self.compiled else 'eager'}"
         return f"{name}: {self.model.count() / 1e6:.2f}M parameters; {how} ({mesh.device}), {precision}; {self.folder}"
 
-    # -- start ------------------------------------------------------------------------------------------------------
-    def start(self) -> TrainState:
-        """The state to train from: the folder's last checkpoint, else `checkpoint.resume`, else a new one."""
-        c, state = self.config, self.init()
-        found = checkpoint.latest(self.checkpoints)
-        if found is None and c.checkpoint.resume:
-            found = checkpoint.find(c.checkpoint.resume)
-        if found is None:
-            return state
-        self._same_model(found)
-        state = saving.load(found, self.model, self.sh, state)
-        self.say(f"resumed at step {saving.steps_so_far(state)} from {found}")
-        return state
-
-    def _same_model(self, found: Path) -> None:
-        """One line where a checkpoint's model is another one."""
-        old, new = checkpoint.read_meta(found).get("model"), self._meta()["model"]
-        changed = [name for name in new or {} if old and old.get(name, new[name]) != new[name]]
-        if changed:
-            name = changed[0]
-            raise ConfigError(
-                f"{found} has a model of {name} = {old[name]}, this run's is {new[name]}: "  # type: ignore[index]
-                "use another --run.dir, or start over with --run.fresh true"
-            )
-
     def _meta(self) -> dict[str, Any]:
-        plain = asdict(self.model.config) if is_dataclass(self.model.config) else None  # type: ignore[arg-type]
         meta = {"config": toml.dumps(self.config), "tokenizer": tokenizer_file(self.source)}
-        return meta | {"model": plain and _json(plain)}
+        return meta | {"model": self.plain}
 
     # -- train ------------------------------------------------------------------------------------------------------
     def train(self, state: TrainState) -> tuple[TrainState, bool]:
@@ -150,27 +128,40 @@ class Trainer:
                 **self._reading,
             )
             stack.callback(feed.close)
+            saver = stack.enter_context(Saver(self._write, background=c.checkpoint.background))
             while done < steps and not any_rank(stop.requested, device=self.sh.mesh.device):
                 state, numbers = self.step(state, next(feed))
                 done += 1
+                self._note(show, saver.check())
                 if _due(done, c.training.check_replicas):
                     self.check(state.params)
                 measured = _due(done, c.validation.interval) or done == steps
                 book.add(done, numbers, partial(self._measure, state, whole=done == steps) if measured else None)
                 if _due(done, c.checkpoint.interval) and done < steps:
                     book.write()
-                    self.save(state, show)
+                    self._note(show, self.save(saver, state))
                     saved = done
                     book.restart()
             book.write()
             if done != saved:
-                self.save(state, show)
+                self._note(show, self.save(saver, state, last=done >= steps))
+            self._note(show, saver.wait())
         return state, done >= steps
 
-    def save(self, state: TrainState, show: Any) -> None:
-        """Write a checkpoint."""
-        path = saving.save(self.checkpoints, self.model, self.sh, state, self._meta(), keep=self.config.checkpoint.keep)
-        if show is not None:
+    def save(self, saver: Saver, state: TrainState, *, last: bool = False) -> Path | None:
+        """Save a state, or begin to; what was finished. last: of a run that is done."""
+        c, meta = self.config.checkpoint, self._meta()
+        items = saving.items(self.model, self.sh, state)
+        if last and c.last_model_only:
+            items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
+        return saver.save(items, saving.steps_so_far(state), meta)
+
+    def _write(self, step: int, items: Any, meta: Any, group: Any) -> Path:
+        c = self.config.checkpoint
+        return checkpoint.save(self.checkpoints, step, items, meta, keep=c.keep, keep_every=c.keep_every, group=group)
+
+    def _note(self, show: Any, path: Path | None) -> None:
+        if show is not None and path is not None:
             show.note(f"saved {path}")
 
     def _writers(self, stack: ExitStack, done: int) -> list[metrics.Writer]:
@@ -251,6 +242,11 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         donate=t.donate and mesh.kind != "virtual",
     )
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
+    plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
+
+    def start(given: Tree) -> TrainState:
+        return init(model, tx, sh, c.run.seed, params if given is None else given)
+
     return Trainer(
         config=replace(c, run=replace(c.run, fresh=False)),
         folder=folder,
@@ -259,7 +255,8 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         sh=sh,
         source=source,
         model=model,
-        init=lambda: init(model, tx, sh, c.run.seed, params),
+        start=Resume(c.checkpoint, _checkpoints(c), model, sh, start, plain, say),
+        plain=plain,
         step=step,
         compiled=compiled,
         evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch),
@@ -287,6 +284,10 @@ def _due(step: int, interval: int) -> bool:
 
 def _command(mesh: Mesh, words: str) -> str:
     return f"torchrun --nproc-per-node {mesh.size} -m fmegatron {words}" if mesh.kind == "device" else f"fmegatron {words}"
+
+
+def _checkpoints(c: RunConfig) -> str | Path:
+    return c.checkpoint.folder or c.run.folder / "checkpoints"
 
 
 def _json(value: Any) -> Any:

@@ -40,6 +40,7 @@ AnyPath = str | os.PathLike[str]
 COUNTERS = ("step", "key", "consumed", "skipped")
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Strict = Literal["both", "missing", "extra", "none"]
 Say = Callable[[str], None]
 

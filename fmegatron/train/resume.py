@@ -1,0 +1,68 @@
+"""How a run takes up a state: its own last good checkpoint, else that of another run, whole or its parameters only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmegatron import config as configs
+from fmegatron.config import ConfigError
+from fmegatron.models.model import Model
+from fmegatron.sharding import Sharding
+from fmegatron.train import checkpoint, saving
+from fmegatron.train.state import TrainState
+from fmegatron.tree import Tree
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What is needed to take up a state; `init(params)` makes a new one, from parameters or (None) drawn from the seed."""
+
+    config: configs.Checkpoint
+    folder: Path | str
+    model: Model
+    sh: Sharding
+    init: Callable[[Tree], TrainState]
+    plain: Any  # the model's config as JSON gives it back
+    say: Callable[[str], None]
+
+    def __call__(self) -> TrainState:
+        """The state to train from: the folder's newest good checkpoint, else `checkpoint.resume`, else a new one."""
+        c, fresh = self.config, self.init(None)
+        found, said = checkpoint.newest_good(self.folder, verify=c.verify)
+        own = found is not None
+        if found is None and c.resume:
+            found, said = checkpoint.newest_good(c.resume, verify=c.verify)
+            found = checkpoint.find(c.resume) if found is None else found
+        for line in said:
+            self.say(line)
+        if found is None:
+            return fresh
+        meta = checkpoint.read_meta(found)
+        self._same_model(found, meta)
+        options: dict[str, Any] = {"strict": c.strict, "say": self.say, "verify": False}
+        if c.load == "params" and not own:
+            params = saving.load_params(found, self.model, self.sh, start=fresh.params, **options)
+            self.say(f"starts from the parameters of {found}")
+            return self.init(params)
+        if meta.get("holds") == "params":
+            raise ConfigError(
+                f"{found} holds parameters only: resume from an earlier step, or start a new --run.dir from it with "
+                f"--checkpoint.resume {found} --checkpoint.load params"
+            )
+        state = saving.load(found, self.model, self.sh, fresh, **options)
+        self.say(f"resumed at step {saving.steps_so_far(state)} from {found}")
+        return state
+
+    def _same_model(self, found: Path | str, meta: dict[str, Any]) -> None:
+        """One line where a checkpoint's model is another one."""
+        old, new = meta.get("model"), self.plain
+        changed = [name for name in new or {} if old and old.get(name, new[name]) != new[name]]
+        if changed and self.config.strict == "both":
+            name = changed[0]
+            raise ConfigError(
+                f"{found} has a model of {name} = {old[name]}, this run's is {new[name]}: "  # type: ignore[index]
+                "use another --run.dir, or start over with --run.fresh true"
+            )

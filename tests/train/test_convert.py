@@ -1,0 +1,199 @@
+"""Models go between our checkpoints, Hugging Face folders and Megatron-LM's, bit for bit; settings of others become ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from fmegatron import cli, config, optim, toml, tree
+from fmegatron.models import Config, from_hf, gpt
+from fmegatron.sharding import SINGLE
+from fmegatron.train import checkpoint, convert, megatron, migrate, saving
+from fmegatron.train.state import init
+
+HERE = Path(__file__).parent
+CONFIG = Config(layers=3, embed=16, heads=4, kv=2, mlp=24, vocab=29, vocab_pad=8, context=16, tied=True)
+
+
+def run_folder(folder):
+    """A run's folder with a checkpoint and a tokenizer."""
+    model = gpt(CONFIG)
+    state = init(model, optim.adamw(1e-3), SINGLE, key=3)
+    plain = json.loads(json.dumps(CONFIG.__dict__))
+    saving.save(folder / "checkpoints", model, SINGLE, state, {"model": plain, "config": ""})
+    (folder / "tokenizer.json").write_text("{}")
+    return model, state.params
+
+
+def equal(a, b):
+    pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def test_to_hugging_face_and_back(tmp_path, capsys):
+    model, params = run_folder(tmp_path / "run")
+    assert cli.main(["convert", str(tmp_path / "run"), "--to", "hf", str(tmp_path / "hf"), "--file-bytes", "3000"]) == 0
+    assert f"wrote {tmp_path / 'hf'}" in capsys.readouterr().out
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}" and len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    tokens = torch.arange(22).reshape(2, 11)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    torch.testing.assert_close(theirs(tokens).logits, model.logits(params, tokens), atol=1e-6, rtol=1e-5)
+
+    assert cli.main(["convert", str(tmp_path / "hf"), "--to", "checkpoint", str(tmp_path / "back")]) == 0
+    meta = checkpoint.read_meta(tmp_path / "back" / "checkpoints")
+    back = saving.load_params(tmp_path / "back" / "checkpoints", model, SINGLE)
+    assert equal(back, params) and meta["holds"] == "params" and convert.model_of(meta).count() == model.count()
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    assert cli.main(["convert", str(tmp_path / "back"), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    _, half = from_hf(tmp_path / "half", dtype=torch.bfloat16, vocab_pad=8)
+    assert equal(half, tree.map(torch.Tensor.bfloat16, params))
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
+    run_folder(tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    for words, message in (
+        (["nowhere", "out"], "nowhere: no such folder"),
+        ([str(tmp_path / "full"), "out"], "neither a run, a checkpoint, a Hugging Face folder nor"),
+        ([str(tmp_path / "run"), str(tmp_path / "full")], "exists and is not empty"),
+        ([str(tmp_path / "run")], "expected CHECKPOINT|HF_FOLDER|MEGATRON FOLDER"),
+        ([str(tmp_path / "run"), "out", "--to", "onnx"], "--to|to = onnx: expected"),
+        (["config", "nowhere"], "nowhere: no such file"),
+    ):
+        assert cli.main(["convert", *words]) == 2
+        said = capsys.readouterr().err
+        assert any(part in said for part in message.split("|", 1) + [message]) and said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "run"]
+
+
+FLAGS = {
+    "llama": """--num-layers 3 --hidden-size 24 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+        --kv-channels 6 --ffn-hidden-size 40 --normalization RMSNorm --swiglu --disable-bias-linear
+        --untie-embeddings-and-output-weights --position-embedding-type rope --vocab-size 53""",
+    "gpt2": """--num-layers 3 --hidden-size 24 --num-attention-heads 4 --ffn-hidden-size 40
+        --max-position-embeddings 64 --vocab-size 53 --no-bias-gelu-fusion""",
+}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_what_megatron_writes_is_read(kind, tmp_path):
+    pytest.importorskip("megatron.core", exc_type=ImportError)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    made = subprocess.run([sys.executable, HERE / "megatron_oracle.py", kind, tmp_path / "mega"], env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    (tmp_path / "flags").write_text(FLAGS[kind])
+    with pytest.raises(ValueError, match="give Megatron-LM's flags with --config FILE"):
+        convert.open_source(str(tmp_path / "mega"))
+    assert cli.main(["convert", str(tmp_path / "mega"), "--to", "checkpoint", str(tmp_path / "ours"),
+                     "--config", str(tmp_path / "flags")]) == 0  # fmt: skip
+    found = checkpoint.find(tmp_path / "ours" / "checkpoints")
+    assert found.name == "step-00000005"
+    model = convert.model_of(checkpoint.read_meta(found))
+    params = saving.load_params(found, model, SINGLE)
+    want = torch.load(f"{tmp_path / 'mega'}.logits")
+    got = model.logits(params, want["tokens"].clamp(max=52))
+    same = (want["tokens"] < 53).all(1)
+    assert same.any()
+    torch.testing.assert_close(got[same], want["logits"][same][..., :53], atol=1e-5, rtol=1e-4)
+
+
+def test_arguments_that_megatron_saved_are_read_inertly(tmp_path):
+    """Plain settings come out of its namespace; a class that is not here, and one that would act, are nothing."""
+    import argparse
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    args = argparse.Namespace(num_layers=3, swiglu=True, evil=Evil(), lr=0.1, dtype=torch.bfloat16)
+    with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
+        archive.writestr("common/data.pkl", pickle.dumps({"args": args}))
+    assert megatron._args(tmp_path) == {"num_layers": 3, "swiglu": True, "lr": 0.1}
+    assert not (tmp_path / "made").exists()
+
+
+MEGATRON = FLAGS["llama"].replace("\n", " \\\n") + """ \\
+    --micro-batch-size 2 --global-batch-size 16 --train-iters 500 --seq-length 64 --max-position-embeddings 64 --bf16 \\
+    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 20 --lr-decay-iters 400 --adam-beta2 0.95 \\
+    --weight-decay 0.1 --clip-grad 1.0 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer \\
+    --save-interval 100 --async-save --finetune --exotic-flag 7 --fp16-lm-cross-entropy
+"""
+
+
+def test_megatron_flags_become_ours(tmp_path, capsys):
+    (tmp_path / "pretrain.sh").write_text("torchrun pretrain_gpt.py " + MEGATRON)
+    assert cli.main(["convert", "config", str(tmp_path / "pretrain.sh"), str(tmp_path / "ours.toml")]) == 0
+    said = capsys.readouterr().err
+    assert "no counterpart: exotic_flag = 7\n" in said and "no counterpart: fp16_lm_cross_entropy = True\n" in said
+    assert said.count("\n") == 2, said
+    run = config.load(tmp_path / "ours.toml")
+    assert run.model.overrides["kv"] == 2 and run.model.overrides["vocab_pad"] == 128
+    assert (run.optimizer.schedule, run.optimizer.warmup, run.optimizer.decay_steps) == ("cosine", 20, 380)
+    assert run.optimizer.betas == (0.9, 0.95) and run.training.dtype == "bf16" and run.mesh.tp == 2
+    assert run.sharding.rules == "zero1_tp_sp" and run.checkpoint.background and run.checkpoint.load == "params"
+    model = gpt(Config(**migrate.model_of(migrate.flags_of(MEGATRON))[0]))
+    assert model.config.activation == "swiglu" and not model.config.tied
+
+
+def test_every_mapped_key_exists():
+    known = {key for key, *_ in toml.options(config.RunConfig)}
+    assert set(migrate.RUN.values()) | set(migrate.TITAN.values()) <= known
+    assert set(migrate.MODEL.values()) <= set(Config.__dataclass_fields__)
+    assert not (migrate.MODEL.keys() | migrate.RUN.keys()) & (migrate.MODEL_SWITCHES | migrate.RUN_SWITCHES | migrate.SILENT)
+
+
+TITAN = """
+[model]
+name = "llama3"
+flavor = "debugmodel"
+[optimizer]
+name = "AdamW"
+lr = 8e-4
+[lr_scheduler]
+warmup_steps = 2
+decay_ratio = 0.8
+decay_type = "linear"
+min_lr_factor = 0.1
+[training]
+local_batch_size = 8
+seq_len = 2048
+steps = 10
+[parallelism]
+data_parallel_replicate_degree = 1
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 2
+enable_async_tensor_parallel = true
+[checkpoint]
+interval = 500
+last_save_model_only = true
+export_dtype = "bfloat16"
+async_mode = "async"
+[activation_checkpoint]
+mode = "selective"
+"""
+
+
+def test_torchtitan_toml_becomes_ours(tmp_path, capsys):
+    (tmp_path / "titan.toml").write_text(TITAN)
+    assert cli.main(["convert", "config", str(tmp_path / "titan.toml")]) == 0
+    out, said = capsys.readouterr()
+    (tmp_path / "ours.toml").write_text(out)
+    run = config.load(tmp_path / "ours.toml")
+    assert run.model.preset == "llama3:debug" and run.mesh.tp == 2 and run.mesh.dp == -1 and run.data.seq == 2048
+    assert (run.optimizer.schedule, run.optimizer.decay_steps) == ("wsd", 8) and run.optimizer.min_lr == pytest.approx(8e-5)
+    assert run.checkpoint.last_model_only and run.checkpoint.export_dtype == "bf16" and run.checkpoint.background
+    lost = {line.split(": ")[1].split(" = ")[0] for line in said.splitlines()}
+    assert lost == {"training.local_batch_size", "parallelism.enable_async_tensor_parallel"}
+    assert tomllib.loads(out)["training"]["remat"] == "selective"
