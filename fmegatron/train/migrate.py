@@ -1,0 +1,242 @@
+"""Megatron-LM's flags and TorchTitan's TOML as our configuration, and what of them has no counterpart here.
+
+    table, unknown = from_megatron(flags_of("--num-layers 24 --hidden-size 1024 ..."))
+    table, unknown = from_torchtitan(tomllib.loads(...))
+
+Tables of plain names where the meaning is the same; functions where values are. What differs in meaning though a name
+matches is told in docs/migration.md.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fmegatron import toml
+from fmegatron.config import ConfigError, RunConfig
+
+Table = dict[str, Any]
+MODEL = {  # Megatron-LM's flag: a field of models.Config
+    "num_layers": "layers", "hidden_size": "embed", "num_attention_heads": "heads", "kv_channels": "hd",
+    "ffn_hidden_size": "mlp", "vocab_size": "vocab", "max_position_embeddings": "context",
+    "make_vocab_size_divisible_by": "vocab_pad", "rotary_base": "rope_base", "rotary_percent": "rope_fraction",
+    "rotary_interleaved": "rope_interleaved", "rotary_seq_len_interpolation_factor": "rope_interpolation",
+    "norm_epsilon": "norm_eps", "layernorm_epsilon": "norm_eps", "apply_layernorm_1p": "norm_centred",
+    "attention_dropout": "attention_dropout", "hidden_dropout": "hidden_dropout", "init_method_std": "init_std",
+    "apply_query_key_layer_scaling": "qk_layer_scaling",
+}  # fmt: skip
+MODEL_SWITCHES = {  # read by model_of
+    "num_query_groups", "group_query_attention", "position_embedding_type", "normalization", "swiglu", "squared_relu",
+    "add_bias_linear", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
+    "no_bias_gelu_fusion", "bias_gelu_fusion", "no_position_embedding", "use_rotary_position_embeddings", "window_size",
+    "no_rope_freq", "quick_geglu",
+}  # fmt: skip
+RUN = {  # Megatron-LM's flag: our key
+    "train_iters": "training.steps", "global_batch_size": "training.global_batch", "clip_grad": "training.clip_norm",
+    "seq_length": "data.seq", "data_path": "data.source", "tokenizer_model": "data.tokenizer",
+    "reset_position_ids": "data.reset_positions", "reset_attention_mask": "data.document_mask",
+    "lr": "optimizer.lr", "min_lr": "optimizer.min_lr", "lr_warmup_iters": "optimizer.warmup",
+    "lr_decay_style": "optimizer.schedule", "weight_decay": "optimizer.weight_decay", "adam_eps": "optimizer.eps",
+    "sgd_momentum": "optimizer.momentum", "seed": "run.seed", "save": "run.dir", "load": "checkpoint.resume",
+    "pretrained_checkpoint": "checkpoint.resume", "save_interval": "checkpoint.interval", "async_save": "checkpoint.background",
+    "save_retain_interval": "checkpoint.keep_every", "eval_interval": "validation.interval",
+    "eval_iters": "validation.batches", "log_interval": "log.every", "tensor_model_parallel_size": "mesh.tp",
+    "context_parallel_size": "mesh.cp", "expert_model_parallel_size": "mesh.ep", "deterministic_mode": "training.deterministic",
+}  # fmt: skip
+RUN_SWITCHES = {  # read by from_megatron
+    "bf16", "fp16", "optimizer", "adam_beta1", "adam_beta2", "lr_decay_iters", "micro_batch_size", "finetune",
+    "recompute_granularity", "recompute_activations", "sequence_parallel", "use_distributed_optimizer", "tensorboard_dir",
+    "use_torch_fsdp2", "use_megatron_fsdp", "dist_ckpt_strictness", "no_load_optim", "lr_wsd_decay_style", "lr_wsd_decay_iters",
+}  # fmt: skip
+STRICT = {"raise_all": "both", "raise_unexpected": "extra", "assume_ok_unexpected": "missing", "log_unexpected": "missing",
+          "log_all": "none", "ignore_all": "none", "return_all": "none", "return_unexpected": "missing"}  # fmt: skip
+SILENT = {"use_mcore_models", "transformer_impl", "ckpt_format", "use_flash_attn", "attention_backend", "distributed_backend",
+          "no_gradient_accumulation_fusion", "use_cpu_initialization", "overlap_grad_reduce", "overlap_param_gather",
+          "tokenizer_type", "num_workers", "no_masked_softmax_fusion", "masked_softmax_fusion", "no_bias_swiglu_fusion",
+          "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args", "split"}  # fmt: skip
+TITAN = {  # TorchTitan's key: ours
+    "training.steps": "training.steps", "training.seq_len": "data.seq", "training.global_batch_size": "training.global_batch",
+    "training.max_norm": "training.clip_norm", "training.seed": "run.seed", "debug.seed": "run.seed",
+    "training.deterministic": "training.deterministic", "debug.deterministic": "training.deterministic",
+    "training.dataset_path": "data.source", "optimizer.lr": "optimizer.lr", "optimizer.eps": "optimizer.eps",
+    "optimizer.weight_decay": "optimizer.weight_decay", "lr_scheduler.warmup_steps": "optimizer.warmup",
+    "parallelism.tensor_parallel_degree": "mesh.tp", "parallelism.context_parallel_degree": "mesh.cp",
+    "parallelism.expert_parallel_degree": "mesh.ep", "parallelism.data_parallel_replicate_degree": "mesh.dp",
+    "parallelism.data_parallel_shard_degree": "mesh.fsdp", "checkpoint.interval": "checkpoint.interval",
+    "checkpoint.keep_latest_k": "checkpoint.keep", "checkpoint.last_save_model_only": "checkpoint.last_model_only",
+    "checkpoint.initial_load_path": "checkpoint.resume", "metrics.log_freq": "log.every",
+    "metrics.enable_tensorboard": "log.tensorboard", "compile.enable": "training.compile",
+    "training.compile": "training.compile", "validation.freq": "validation.interval", "validation.steps": "validation.batches",
+    "job.dump_folder": "run.dir", "model.tokenizer_path": "data.tokenizer", "model.hf_assets_path": "data.tokenizer",
+}  # fmt: skip
+
+
+def flags_of(text: str) -> Table:
+    """{"num_layers": 24, ...} from a shell script, a list of words, or YAML lines `--num-layers: 24`; a bare flag is True."""
+    text = re.sub(r"\\\n", " ", text)
+    words = [word for line in text.splitlines() for word in shlex.split(line.strip(), comments=True)]
+    found: Table = {}
+    name = None
+    for word in words:
+        word = word.rstrip(")").lstrip("(")
+        if word.startswith("--"):
+            name, equals, value = word[2:].rstrip(":").replace("-", "_").partition("=")
+            found[name] = _value(value) if equals else True
+        elif name is not None and word and not word.endswith("=") and found[name] is True:
+            found[name] = _value(word)
+    return found
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(word.lower(), word)
+
+
+def model_of(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
+    """Fields of models.Config for Megatron-LM's arguments, its defaults filled in; and what has no counterpart."""
+    need = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if not args.get(name)]
+    if need:
+        raise ConfigError(f"Megatron-LM's flags lack --{need[0].replace('_', '-')}: it has no default")
+    fields: Table = {ours: args[theirs] for theirs, ours in MODEL.items() if args.get(theirs) is not None}
+    embed, swiglu = args["hidden_size"], bool(args.get("swiglu"))
+    fields.setdefault("mlp", int(4 * embed * 2 / 3 / 64) * 64 if swiglu else 4 * embed)
+    fields.setdefault("hd", embed // args["num_attention_heads"])
+    fields.setdefault("vocab", 50257)
+    fields.setdefault("context", args.get("seq_length", 2048))
+    for name, value in (("vocab_pad", 128), ("hidden_dropout", 0.1), ("attention_dropout", 0.1)):
+        fields.setdefault(name, value)
+    grouped = args.get("num_query_groups") if args.get("group_query_attention", True) else None
+    fields["kv"] = grouped or args["num_attention_heads"]
+    kind = args.get("position_embedding_type", "learned_absolute")
+    rotary = kind == "rope" or args.get("use_rotary_position_embeddings")
+    fields["positions"] = "rope" if rotary else {"learned_absolute": "learned", "none": "none"}.get(kind, kind)
+    fields["norm"] = {"LayerNorm": "layer", "RMSNorm": "rms"}[args.get("normalization", "LayerNorm")]
+    fields["tied"] = not args.get("untie_embeddings_and_output_weights", False)
+    fused = args.get("bias_gelu_fusion", not args.get("no_bias_gelu_fusion", False))
+    bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
+    plain = "gelu_tanh" if fused and bias else "gelu"  # its fused kernel is the tanh form
+    fields["activation"] = "swiglu" if swiglu else "relu2" if args.get("squared_relu") else plain
+    fields |= {"attention_out_bias": bias, "mlp_bias": bias, "attention_bias": bias or bool(args.get("add_qkv_bias"))}
+    fields["qk_norm"] = "norm" if args.get("qk_layernorm") else "none"
+    unknown = [] if fields["positions"] in ("rope", "learned", "none") else [f"position_embedding_type = {kind}"]
+    return fields, unknown
+
+
+def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
+    """Our table for Megatron-LM's flags, and those that have no counterpart (with their values)."""
+    fields, unknown = model_of(args)
+    table: Table = {"model": {"preset": "llama3:debug", "overrides": fields}}
+    for theirs, ours in RUN.items():
+        if args.get(theirs) is not None:
+            _put(table, ours, args[theirs])
+    _put(table, "training.dtype", "bf16" if args.get("bf16") else "fp32")
+    _put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
+    _put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
+    table["optimizer"].setdefault("weight_decay", 0.01)
+    style = args.get("lr_decay_style", "linear").replace("-", "_").lower()
+    _put(table, "optimizer.schedule", "wsd" if style == "wsd" else style)
+    if args.get("lr_decay_iters") is not None:
+        _put(table, "optimizer.decay_steps", args["lr_decay_iters"] - args.get("lr_warmup_iters", 0))
+    if style == "wsd" and args.get("lr_wsd_decay_iters") is not None:
+        _put(table, "optimizer.decay_steps", args["lr_wsd_decay_iters"])
+        _put(table, "optimizer.decay_shape", args.get("lr_wsd_decay_style", "exponential"))
+    if args.get("recompute_granularity") or args.get("recompute_activations"):
+        _put(table, "training.remat", args.get("recompute_granularity") or "selective")
+    sharded = args.get("use_torch_fsdp2") or args.get("use_megatron_fsdp")
+    rules = "fsdp_tp_sp" if sharded else "zero1_tp_sp" if args.get("use_distributed_optimizer") else "tp_sp"
+    _put(table, "sharding.rules", rules if args.get("sequence_parallel") or sharded else rules.removesuffix("_sp"))
+    _put(table, "mesh.dp", -1)
+    if args.get("finetune") or args.get("no_load_optim"):
+        _put(table, "checkpoint.load", "params")
+    if args.get("dist_ckpt_strictness"):
+        _put(table, "checkpoint.strict", STRICT.get(args["dist_ckpt_strictness"], "both"))
+    _put(table, "log.tensorboard", bool(args.get("tensorboard_dir")))
+    if args.get("fp16"):
+        unknown.append("fp16 = True")
+    known = MODEL.keys() | RUN.keys() | MODEL_SWITCHES | RUN_SWITCHES | SILENT
+    return table, unknown + [f"{name} = {value}" for name, value in args.items() if name not in known]
+
+
+def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
+    """Our table for TorchTitan's TOML, and the keys that have no counterpart (with their values)."""
+    flat = {f"{group}.{name}": value for group, held in given.items() if isinstance(held, dict) for name, value in held.items()}
+    table: Table = {}
+    read = set(TITAN)
+    for theirs, ours in TITAN.items():
+        if theirs in flat:
+            _put(table, ours, flat[theirs])
+    sizes = [flat.get(f"parallelism.data_parallel_{kind}_degree", -1 if kind == "shard" else 1) for kind in ("replicate", "shard")]
+    if sizes[1] == -1:  # what is left goes to dp here: FSDP is a rule, not an axis
+        table.setdefault("mesh", {}).pop("fsdp", None)
+        _put(table, "mesh.dp", -1)
+    if "model.name" in flat and "model.flavor" in flat:
+        _put(table, "model.preset", f"{flat['model.name']}:{str(flat['model.flavor']).replace('debugmodel', 'debug').lower()}")
+    _put(table, "sharding.rules", "hsdp_tp_sp" if sizes[0] > 1 and sizes[1] != 1 else "fsdp_tp_sp")
+    if "optimizer.name" in flat:
+        _put(table, "optimizer.name", str(flat["optimizer.name"]).lower())
+    _put(table, "optimizer.betas", [flat.get("optimizer.beta1", 0.9), flat.get("optimizer.beta2", 0.95)])
+    _put(table, "optimizer.weight_decay", flat.get("optimizer.weight_decay", 0.1))
+    ratio, shape = flat.get("lr_scheduler.decay_ratio"), flat.get("lr_scheduler.decay_type", "linear")
+    _put(table, "optimizer.schedule", "wsd" if ratio is not None else shape)
+    if ratio is not None:
+        _put(table, "optimizer.decay_steps", round(ratio * flat.get("training.steps", 10000)))
+        _put(table, "optimizer.decay_shape", shape)
+    floor = flat.get("lr_scheduler.min_lr_factor")
+    if floor is not None:
+        _put(table, "optimizer.min_lr", floor * flat.get("optimizer.lr", 8e-4))
+    _put(table, "training.dtype", "fp32" if flat.get("training.mixed_precision_param", "bfloat16") == "float32" else "bf16")
+    mode = flat.get("activation_checkpoint.mode", "selective")
+    _put(table, "training.remat", mode)
+    if flat.get("checkpoint.async_mode", "disabled") != "disabled":
+        _put(table, "checkpoint.background", True)
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    if "checkpoint.export_dtype" in flat:
+        _put(table, "checkpoint.export_dtype", names[flat["checkpoint.export_dtype"]])
+    if flat.get("checkpoint.initial_load_model_only"):
+        _put(table, "checkpoint.load", "params")
+    read |= {"model.name", "model.flavor", "optimizer.name", "optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_ratio",
+             "lr_scheduler.decay_type", "lr_scheduler.min_lr_factor", "training.mixed_precision_param", "checkpoint.async_mode",
+             "activation_checkpoint.mode", "checkpoint.export_dtype", "checkpoint.initial_load_model_only", "checkpoint.folder",
+             "job.description", "checkpoint.enable", "checkpoint.enable_checkpoint"}  # fmt: skip
+    return table, [f"{key} = {value}" for key, value in flat.items() if key not in read]
+
+
+def convert_config(path: str) -> tuple[str, list[str]]:
+    """(our TOML, lines for what has no counterpart) of a file of Megatron-LM's flags, or TorchTitan's TOML."""
+    text = Path(path).read_text(encoding="utf-8")
+    table, unknown = from_torchtitan(tomllib.loads(text)) if path.endswith(".toml") else from_megatron(flags_of(text))
+    left = []
+    run = RunConfig()
+    for key, value in _leaves(table):
+        try:
+            run = toml.update(run, _nested(key, value), path)
+        except ConfigError as error:  # a value that ours cannot take is told, not lost
+            left.append(str(error).removeprefix(f"{path}: "))
+    return toml.dumps(run), unknown + left
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        deeper = isinstance(value, dict) and name != "overrides"
+        found += _leaves(value, f"{prefix}{name}.") if deeper else [(prefix + name, value)]
+    return found
+
+
+def _nested(key: str, value: Any) -> Table:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _put(table: Table, key: str, value: Any) -> None:
+    group, name = key.split(".")
+    table.setdefault(group, {})[name] = value
