@@ -28,6 +28,7 @@ from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, megatron, saving
 from fmegatron.train.manifest import Store, open_store
+from fmegatron.train.steps import step_of
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -60,7 +61,8 @@ def convert(
     opened = open_source(source, config)
     folder = Path(target)
     if to == "hf":
-        extra = [opened.tokenizer / name for name in TOKENIZER if (opened.tokenizer / name).is_file()] if opened.tokenizer else []
+        beside = [opened.tokenizer / name for name in TOKENIZER] if opened.tokenizer else []
+        extra = [file for file in beside if file.is_file()]
         return hf.write_hf(opened.model, opened.leaves, folder, dtype=cast, file_bytes=file_bytes, extra=extra)
     items = {f"params.{path}": whole(read().to(cast or kept)) for path, (kept, read) in opened.leaves.items()}
     plain = asdict(opened.model.config) if is_dataclass(opened.model.config) else None  # type: ignore[arg-type]
@@ -94,7 +96,7 @@ def open_source(source: str, config: str | None = None) -> Source:
     leaves = {path: (store.tensors[f"params.{path}"].dtype, read) for path, read in held.items()}
     beside = found.parent.parent
     tokenizer = beside if (beside / "tokenizer.json").is_file() else None
-    return Source(model_of(store.meta), leaves, saving.checkpoint.steps.step_of(found), tokenizer)
+    return Source(model_of(store.meta), leaves, step_of(found), tokenizer)
 
 
 def _read(store: Store, key: str) -> Tensor:
@@ -115,7 +117,8 @@ def model_of(meta: Mapping[str, Any]) -> Model:
     plain = meta.get("model")
     if plain is not None:
         known = {field.name for field in fields(Config)}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items() if name in known}
+        given: dict[str, Any] = {name: plain[name] for name in plain if name in known}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if given.get("rope_scaling"):
             given["rope_scaling"] = Llama3Scaling(**given["rope_scaling"])
         return models.gpt(Config(**given))

@@ -110,7 +110,8 @@ def _theirs(store: Dcp, pattern: str, layer: int | None) -> str:
         names = [f"decoder.layers.{part}{name}" for name in names for part in ("", f"{layer}.")]
     found = next((name for name in names if name in store.tensors), None)
     if found is None:
-        raise ValueError(f"{store.folder}: no tensor {' or '.join(names[:2]) or 'for'} ({pattern}): do the flags fit the model?")
+        wanted = " or ".join(names[:2]) or "for it"
+        raise ValueError(f"{store.folder}: {pattern} is asked for, and there is no {wanted}: do the flags fit the model?")
     return found
 
 

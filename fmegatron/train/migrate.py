@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
     for theirs, ours in TITAN.items():
         if theirs in flat:
             _put(table, ours, flat[theirs])
-    sizes = [flat.get(f"parallelism.data_parallel_{kind}_degree", -1 if kind == "shard" else 1) for kind in ("replicate", "shard")]
+    degrees = (("replicate", 1), ("shard", -1))  # with their defaults
+    sizes = [flat.get(f"parallelism.data_parallel_{kind}_degree", default) for kind, default in degrees]
     if sizes[1] == -1:  # what is left goes to dp here: FSDP is a rule, not an axis
         table.setdefault("mesh", {}).pop("fsdp", None)
         _put(table, "mesh.dp", -1)
@@ -234,9 +236,24 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 def _nested(key: str, value: Any) -> Table:
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _put(table: Table, key: str, value: Any) -> None:
     group, name = key.split(".")
     table.setdefault(group, {})[name] = value
+
+
+def main(words: Sequence[str]) -> None:
+    """Print our TOML for a file of theirs, or write it; each setting without a counterpart is a line on stderr."""
+    if len(words) not in (1, 2):
+        raise ConfigError(f"convert config: expected FLAGS|TOML [NEW.toml], got {' '.join(words) or 'nothing'}")
+    if not Path(words[0]).is_file():
+        raise ConfigError(f"{words[0]}: no such file")
+    text, unknown = convert_config(words[0])
+    for line in unknown:
+        print(f"no counterpart: {line}", file=sys.stderr)
+    if len(words) == 2:
+        Path(words[1]).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
