@@ -63,7 +63,31 @@ class Data:
     pack: bool = option(True, "several conversations a row, as many as fit; else one")
     long: Literal["error", "truncate", "drop"] = option("error", "of a conversation longer than seq")
     skip: tuple[str, ...] = option((), 'samples to leave out, as ["first:stop", ...]')
+    streams: tuple[dict[str, Any], ...] = option((), "MDS folders in place of source: tables of local, remote, ...")
     arguments: dict[str, Any] = option({}, "arguments of your function")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How data.streams are mixed, shuffled and fetched; named as mosaicml-streaming names it."""
+
+    column: str = option("tokens", "where a sample has its tokens: integers, or bytes of dtype")
+    dtype: str | None = option(None, "of tokens that are bytes, such as int64")
+    valid: tuple[dict[str, Any], ...] = option((), "held-out streams")
+    replica_groups: tuple[str, ...] = option((), "groups of streams by part of the batch; none: each group once")
+    epoch_size: int | None = option(None, "samples in an epoch, by the streams' proportions; none: as they are", at_least=1)
+    shuffle: bool = option(True, "a new order each epoch")
+    shuffle_algo: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = option("py1e", "which samples come near each other")
+    shuffle_seed: int | None = option(None, "of the order; none: run.seed", at_least=0)
+    shuffle_block_size: int | None = option(None, "samples; none: 4 million over the canonical nodes", at_least=2)
+    num_canonical_nodes: int | None = option(None, "parts of the shards that ranks read; none: 1, or 64", at_least=1)
+    sampling_method: Literal["balanced", "fixed"] = option("balanced", "draws anew each epoch, or always the same")
+    sampling_granularity: int = option(1, "samples drawn at a time from a shard", at_least=1)
+    batching_method: Literal["random", "stratified", "per_stream"] = option("random", "how streams share a batch")
+    predownload: int | None = option(None, "samples to have shards ready for; none: 8 batches", at_least=0)
+    cache_limit: int | None = option(None, "bytes of fetched shards on disk; none: all stay", at_least=1)
+    download_retry: int = option(2, "times to try a fetch again", at_least=0)
+    validate_hash: str | None = option(None, "the hash to check; none: one that the index has")
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,7 @@ class RunConfig:
     run: Run = Run()
     model: Model = Model()
     data: Data = Data()
+    streaming: Streaming = Streaming()
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()

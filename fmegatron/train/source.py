@@ -10,6 +10,7 @@ from typing import Any
 from fmegatron import config as configs
 from fmegatron import data
 from fmegatron.config import ConfigError, RunConfig
+from fmegatron.data import mds
 
 Say = Callable[[str], None]
 
@@ -19,7 +20,7 @@ class Source:
     """Training rows, and what is known of them: held-out text, the tokenizer, what compressors make of the held-out text."""
 
     rows: Any  # data.batches.Rows
-    corpus: data.Corpus | data.Conversations | None = None
+    corpus: data.Corpus | data.Conversations | mds.StreamCorpus | None = None
     compressors: Mapping[str, float] = field(default_factory=dict)
 
     def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.InOrder | None:
@@ -32,9 +33,11 @@ class Source:
 def source_of(c: RunConfig, say: Say) -> Source:
     """The text of a run, tokenized first where it is the standard library."""
     d = c.data
-    corpus: data.Corpus | data.Conversations
+    corpus: data.Corpus | data.Conversations | mds.StreamCorpus
     if d.sft is not None:
         corpus = _conversations(c)
+    elif d.streams:
+        corpus = _streams(c)
     elif d.source == "stdlib":
         corpus = data.quickstart(d.cache or c.run.folder.parent / "cache", d.vocab_size, say)
     elif ":" in d.source and not Path(f"{d.source}.idx").exists():
@@ -64,6 +67,26 @@ def _conversations(c: RunConfig) -> data.Conversations:
     assert d.sft is not None
     cache = d.cache or c.run.folder.parent / "cache"
     return data.Conversations(d.sft, tokenizer, d.chat or tokenizer, cache, d.valid, d.pack, d.long)
+
+
+def _streams(c: RunConfig) -> mds.StreamCorpus:
+    s, tokenizer = c.streaming, c.data.tokenizer or c.model.hf
+    if tokenizer is None:
+        raise ConfigError("data.streams: name the data.tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
+    names = ("epoch_size", "shuffle", "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "sampling_method",
+             "sampling_granularity", "batching_method")  # fmt: skip
+    seed = c.run.seed if s.shuffle_seed is None else s.shuffle_seed
+    return mds.StreamCorpus(
+        [mds.stream_of(table, number) for number, table in enumerate(c.data.streams)],
+        tokenizer,
+        mds.Order(seed, **{name: getattr(s, name) for name in names}),
+        c.training.global_batch,
+        [mds.stream_of(table, number) for number, table in enumerate(s.valid)] or None,
+        s.replica_groups,
+        s.predownload,
+        {"limit": s.cache_limit, "retries": s.download_retry, "hash": s.validate_hash},
+        {"column": s.column, "dtype": s.dtype},
+    )
 
 
 def _left(rows: data.Rows, skip: tuple[str, ...]) -> data.Rows:

@@ -1,11 +1,12 @@
 """MosaicML's MDS shards: written, read, streamed from elsewhere, mixed and shuffled as pure functions of (seed, epoch)."""
 
 from fmegatron.data.mds.cache import Cache, Place
+from fmegatron.data.mds.corpus import StreamCorpus, stream_of
 from fmegatron.data.mds.encodings import Encoding, encoding
 from fmegatron.data.mds.index import FileInfo, ShardInfo
 from fmegatron.data.mds.order import Order, epoch_order
 from fmegatron.data.mds.partition import partition, traversal
-from fmegatron.data.mds.rows import StreamRows
+from fmegatron.data.mds.rows import StreamRows, TokenRows
 from fmegatron.data.mds.sampling import Weight, choose, resample
 from fmegatron.data.mds.shard import Shard
 from fmegatron.data.mds.shuffle import shuffle
@@ -13,6 +14,7 @@ from fmegatron.data.mds.streams import Stream, Streams, group_of
 from fmegatron.data.mds.writer import MDSWriter
 
 __all__ = [
-    "Cache", "Encoding", "FileInfo", "MDSWriter", "Order", "Place", "Shard", "ShardInfo", "Stream", "StreamRows", "Streams",
-    "Weight", "choose", "encoding", "epoch_order", "group_of", "partition", "resample", "shuffle", "traversal",
+    "Cache", "Encoding", "FileInfo", "MDSWriter", "Order", "Place", "Shard", "ShardInfo", "Stream", "StreamCorpus",
+    "StreamRows", "Streams", "TokenRows", "Weight", "choose", "encoding", "epoch_order", "group_of", "partition", "resample",
+    "shuffle", "stream_of", "traversal",
 ]  # fmt: skip

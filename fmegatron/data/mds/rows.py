@@ -45,84 +45,43 @@ class Deal:
             return self._epochs[number]
 
 
-class StreamRows:
-    """Rows for training, without end, from any thread.
+class TokenRows:
+    """The samples of streams as rows, in their own order: `row(number)` for number below `len`.
 
-    slots: group names; slot k of n is the k-th n-th of the rows of a global batch (none: each group once). column: of
-    integers, or of bytes that are numbers of `dtype`. eod: the token that ends a document, where known; `documents` and,
-    with `reset_positions`, `positions` follow it. predownload: samples of this process to have shards ready for (none: 8
-    batches). Row as in `data.Samples`. Raises ValueError, naming file and sample, for tokens that do not fit.
+    column: of integers, or of bytes that are numbers of `dtype`. eod: the token that ends a document, where known;
+    `documents` and, with `reset_positions`, `positions` follow it. Row as in `data.Samples`. Raises ValueError, naming file
+    and sample, for tokens that do not fit.
     """
 
     def __init__(
         self,
         streams: Streams,
-        order: Order,
         seq: int,
-        global_batch: int,
         *,
-        slots: Sequence[str] = (),
         column: str = "tokens",
         dtype: str | None = None,
         vocab_size: int | None = None,
         eod: int | None = None,
         reset_positions: bool = False,
-        predownload: int | None = None,
     ) -> None:
-        self.streams, self.seq, self.global_batch, self.column, self.dtype = streams, seq, global_batch, column, dtype
-        self.vocab_size, self.eod, self.reset_positions, self.predownload = vocab_size, eod, reset_positions, predownload
-        groups = streams.groups()
-        self.slots = tuple(slots) or groups
-        if set(self.slots) != set(groups):
-            named, known = ", ".join(self.slots), ", ".join(groups)
-            raise ValueError(f"replica groups {named}, but the streams' are {known}: name all of them")
-        if global_batch % len(self.slots):
-            near = global_batch // len(self.slots) * len(self.slots) or len(self.slots)
-            raise ValueError(f"a global batch of {global_batch} does not divide over {len(self.slots)} groups: use {near}")
-        share = global_batch // len(self.slots)
-        self._deals = {name: Deal(order, streams.parts(name), share * self.slots.count(name)) for name in groups}
-        self._share = share
-        self._step, self._asked = -1, set[int]()
-        self._last = -1, np.empty(0, np.int64)
+        self.streams, self.seq, self.column, self.dtype = streams, seq, column, dtype
+        self.vocab_size, self.eod, self.reset_positions = vocab_size, eod, reset_positions
+
+    def __len__(self) -> int:
+        return len(self.streams)
 
     def row(self, number: int) -> Row:
-        """Sample `number`, counted over all epochs."""
-        if number < 0:
-            raise ValueError(f"sample number {number}: must not be negative")
-        step, row = divmod(number, self.global_batch)
-        self._look_ahead(step, row)
-        at, ids = self._last
-        if at != step:
-            ids = self.ids(step)
-            self._last = step, ids
-        return self._read(int(ids[row])) | {"sample": np.array(number)}
-
-    def ids(self, step: int) -> Ints:
-        """Sample ids of all rows of a global batch, int64 [global_batch]."""
-        dealt = {name: deal.ids(step).reshape(-1, self._share) for name, deal in self._deals.items()}
-        turn = [self.slots[:slot].count(name) for slot, name in enumerate(self.slots)]
-        return np.concatenate([dealt[name][at] for name, at in zip(self.slots, turn, strict=True)])
-
-    def _look_ahead(self, step: int, row: int) -> None:
-        """Once a step: fetch what the rows that this process reads, those it asked for a step before, will need."""
-        if step == self._step:
-            self._asked.add(row)
-            return
-        mine = sorted(self._asked)
-        self._step, self._asked = step, {row}
-        if mine:
-            steps = -(-self.predownload // len(mine)) if self.predownload is not None else 8
-            coming = [self.ids(step + later)[mine] for later in range(steps + 1)]
-            self.streams.ahead(np.concatenate(coming).tolist())
+        """Sample `number` of the streams; the one behind the last is padding."""
+        return self._read(number) | {"sample": np.array(number)}
 
     def _read(self, number: int) -> Row:
-        text = self._tokens(number)
+        text = self._tokens(number) if number < len(self) else np.zeros(1, np.int64)
         seq, count = self.seq, len(text) - 1
         tokens, labels, documents = (np.zeros(seq, np.int64) for _ in range(3))
         tokens[:count], labels[:count] = text[:-1], text[1:]
-        if self.eod is not None:
+        if self.eod is not None and count:
             documents[1:count] = np.cumsum(text[: count - 1] == self.eod)
-        documents[count:] = documents[count - 1] + 1  # padding is a document of its own
+        documents[count:] = documents[max(count - 1, 0)] + 1  # padding is a document of its own
         positions = np.arange(seq)
         if self.reset_positions:
             begins = np.zeros(seq, np.int64)
@@ -150,3 +109,68 @@ class StreamRows:
             end = "" if self.vocab_size is None else f", the vocabulary ends at {self.vocab_size - 1}"
             raise ValueError(f"{self.streams.where(number)}: ids {value.min()}..{value.max()}{end}: another tokenizer's?")
         return value
+
+
+class StreamRows:
+    """Rows for training, without end, from any thread: samples as `TokenRows` cuts them, in the order of each group.
+
+    slots: group names; slot k of n is the k-th n-th of the rows of a global batch (none: each group once). predownload:
+    samples of this process to have shards ready for (none: 8 batches).
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        order: Order,
+        seq: int,
+        global_batch: int,
+        *,
+        slots: Sequence[str] = (),
+        predownload: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.streams, self.global_batch, self.predownload = streams, global_batch, predownload
+        self._rows = TokenRows(streams, seq, **options)
+        groups = streams.groups()
+        self.slots = tuple(slots) or groups
+        if set(self.slots) != set(groups):
+            named, known = ", ".join(self.slots), ", ".join(groups)
+            raise ValueError(f"replica groups {named}, but the streams' are {known}: name all of them")
+        if global_batch % len(self.slots):
+            near = global_batch // len(self.slots) * len(self.slots) or len(self.slots)
+            raise ValueError(f"a global batch of {global_batch} does not divide over {len(self.slots)} groups: use {near}")
+        share = global_batch // len(self.slots)
+        self._deals = {name: Deal(order, streams.parts(name), share * self.slots.count(name)) for name in groups}
+        self._share = share
+        self._step, self._asked = -1, set[int]()
+        self._last = -1, np.empty(0, np.int64)
+
+    def row(self, number: int) -> Row:
+        """Sample `number`, counted over all epochs."""
+        if number < 0:
+            raise ValueError(f"sample number {number}: must not be negative")
+        step, row = divmod(number, self.global_batch)
+        self._look_ahead(step, row)
+        at, ids = self._last
+        if at != step:
+            ids = self.ids(step)
+            self._last = step, ids
+        return self._rows.row(int(ids[row])) | {"sample": np.array(number)}
+
+    def ids(self, step: int) -> Ints:
+        """Sample ids of all rows of a global batch, int64 [global_batch]."""
+        dealt = {name: deal.ids(step).reshape(-1, self._share) for name, deal in self._deals.items()}
+        turn = [self.slots[:slot].count(name) for slot, name in enumerate(self.slots)]
+        return np.concatenate([dealt[name][at] for name, at in zip(self.slots, turn, strict=True)])
+
+    def _look_ahead(self, step: int, row: int) -> None:
+        """Once a step: fetch what the rows that this process reads, those it asked for a step before, will need."""
+        if step == self._step:
+            self._asked.add(row)
+            return
+        mine = sorted(self._asked)
+        self._step, self._asked = step, {row}
+        if mine:
+            steps = -(-self.predownload // len(mine)) if self.predownload is not None else 8
+            coming = [self.ids(step + later)[mine] for later in range(steps + 1)]
+            self.streams.ahead(np.concatenate(coming).tolist())
