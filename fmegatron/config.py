@@ -104,6 +104,7 @@ class Training:
     prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
     reshard: str = option("always", "always, never, or first-K: which layers' gathered weights are freed after the forward")
     reduce_dtype: Literal["fp32", "bf16"] | None = option(None, "of gradients between ranks; none: fp32")
+    async_tp: int = option(1, "chunks in which tensor-parallel products overlap with what they send; 1: none", at_least=1)
     sum_dtype: Literal["fp32", "bf16"] | None = option(None, "in which ranks' parts are added; none: reduce_dtype")
     check_replicas: int = option(0, "steps between comparisons of the parameters' copies on all ranks; 0: never", at_least=0)
     donate: bool = option(True, "a step reuses the memory of the state before it")

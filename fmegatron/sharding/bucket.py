@@ -91,7 +91,7 @@ def _issue(
     ops, mine = [left[i][0] for i in group], [xs[i] for i in group]
     axis = ops[0].axis
     if len(group) == 1 and (wire is None or not isinstance(ops[0], ReduceScatter | Psum)):
-        wait = _issue_one(mine[0], ops[0], rank)
+        wait = issue(mine[0], ops[0], rank)
         return lambda: [wait()]
     if isinstance(ops[0], ReduceScatter):
         pieces = [op.cut(x) for op, x in zip(ops, mine, strict=True) if isinstance(op, AlongDim)]
@@ -102,7 +102,7 @@ def _issue(
         flat = torch.cat([x.reshape(-1) for x in mine])
         shapes = [x.shape for x in mine]
         gathers = isinstance(ops[0], AllGather)
-        wait = _issue_one(flat, AllGather(axis, 0), rank) if gathers else _issue_sum(flat, Psum(axis), rank, wire)
+        wait = issue(flat, AllGather(axis, 0), rank) if gathers else _issue_sum(flat, Psum(axis), rank, wire)
     sizes = [shape.numel() for shape in shapes]
 
     def results() -> list[Tensor]:
@@ -118,7 +118,8 @@ def _issue(
     return results
 
 
-def _issue_one(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:
+def issue(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:
+    """Issue one op where the mesh can run it in the background; the function returned waits; not differentiable."""
     via = op.axis.transport
     if not via.background:
         y = apply(x, rank, op)
@@ -130,17 +131,17 @@ def _issue_one(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:
 def _issue_sum(flat: Tensor, op: ReduceScatter | Psum, rank: Tensor, wire: Wire | None) -> Callable[[], Tensor]:
     """Issue a sum over ranks of a flat bucket, as the wire says."""
     if wire is None:
-        return _issue_one(flat, op, rank)
+        return issue(flat, op, rank)
     sent, axis = flat.to(wire.dtype), op.axis
     if wire.sum == wire.dtype:
-        wait = _issue_one(sent, op, rank)
+        wait = issue(sent, op, rank)
         return lambda: wait().to(flat.dtype)
-    parts = _issue_one(F.pad(sent, (0, -len(flat) % axis.size)), AllToAll(axis, 0, 0), rank)
+    parts = issue(F.pad(sent, (0, -len(flat) % axis.size)), AllToAll(axis, 0, 0), rank)
 
     def total() -> Tensor:
         mine = parts().reshape(axis.size, -1).sum(0, dtype=wire.sum)
         if isinstance(op, ReduceScatter):
             return mine.to(flat.dtype)
-        return _issue_one(mine.to(wire.dtype), AllGather(axis, 0), rank)()[: len(flat)].to(flat.dtype)
+        return issue(mine.to(wire.dtype), AllGather(axis, 0), rank)()[: len(flat)].to(flat.dtype)
 
     return total

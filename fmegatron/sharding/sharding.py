@@ -18,6 +18,7 @@ from fmegatron.sharding import named
 from fmegatron.sharding.collectives import Once, apply
 from fmegatron.sharding.einsum import multiply, plan_einsum
 from fmegatron.sharding.mesh import Mesh
+from fmegatron.sharding.overlap import in_chunks
 from fmegatron.sharding.placement import Placement, Size, Sizes, parse_names, place
 from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.sharding.rules import RULES, Kind, Rules
@@ -62,6 +63,7 @@ class Sharding:
     activations: Kind = "compute"
     recompute: Callable[[str], Callable[..., Any] | None] | None = None
     taps: dict[str, tuple[str, Tensor]] | None = None
+    chunks: int = 1  # in which a product and its collective go, overlapping: see overlap.py
     layout: Layout = field(default_factory=lambda: NO_LAYOUT, repr=False)  # made from the fields above
 
     def __post_init__(self) -> None:
@@ -97,6 +99,10 @@ class Sharding:
     def tapping(self, taps: dict[str, tuple[str, Tensor]] | None) -> Sharding:
         """With a dict in which `tap` leaves its values; None: taps are off."""
         return replace(self, taps=taps)
+
+    def overlapping(self, chunks: int) -> Sharding:
+        """With products and their collectives in chunks, one travelling while another is multiplied (1: whole)."""
+        return replace(self, chunks=chunks)
 
     # -- placement --------------------------------------------------------------------------------------------------
     def placement(self, names: str, kind: Kind | None = None, leaf: str | None = None) -> Placement:
@@ -143,6 +149,8 @@ class Sharding:
         products = self.layout.plan("einsum", pattern)
         if len(products) != len(weights):
             raise ValueError(f"einsum pattern {pattern!r} has {len(products)} right operands but got {len(weights)}")
+        if self.chunks > 1 and (done := in_chunks(products, x, weights, self.rank, self.chunks)) is not None:
+            return done[0] if len(done) == 1 else done
         ready: dict[Any, Tensor] = {}
         out = []
         for product, w in zip(products, weights, strict=True):

@@ -119,7 +119,7 @@ def differentiate(
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
     engine = step.engine.light if node.light else step.engine
-    return engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute))
+    return engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute, step.sh.chunks))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:

@@ -226,4 +226,4 @@ def data_axes_of(c: RunConfig) -> dict[str, Any]:
     if t.sum_dtype is not None and t.reduce_dtype is None:
         raise ConfigError(f"training.sum_dtype = {t.sum_dtype} needs a training.reduce_dtype: without, all is fp32")
     chosen = {"reduce_dtype": t.reduce_dtype, "sum_dtype": t.sum_dtype}
-    return {"reshard": t.reshard} | {name: dtypes[dtype] for name, dtype in chosen.items() if dtype}
+    return {"reshard": t.reshard, "async_tp": t.async_tp} | {name: dtypes[dtype] for name, dtype in chosen.items() if dtype}

@@ -49,6 +49,7 @@ class Plan:
     prefetch: int = 1
     reshard: Reshard = ALWAYS
     wire: Wire | None = None
+    async_tp: int = 1
     compiled: Engine | None = None
     weights: tuple[tuple[str, float], ...] = ()
 
@@ -74,13 +75,15 @@ def plan_step(
     reshard: str = "always",
     reduce_dtype: torch.dtype | None = None,
     sum_dtype: torch.dtype | None = None,
+    async_tp: int = 1,
     term_weights: Mapping[str, float] | None = None,
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
     dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead. reshard:
     when gathered parameters are freed, see `parse_reshard`. reduce_dtype: in which gradients travel between ranks (None: in
-    that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same).
+    that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same). async_tp: chunks in
+    which a product and the gather before it, or the reduce-scatter after it, go (1: whole; on a virtual mesh always).
     term_weights: {term: factor in the loss}, 1 where a term is not named.
     """
     if compile and sh.mesh.stacked:
@@ -106,6 +109,7 @@ def plan_step(
         prefetch=prefetch,
         reshard=parse_reshard(reshard),
         wire=wire,
+        async_tp=async_tp,
         compiled=compiled,
         weights=weights,
     )
@@ -124,6 +128,7 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Te
     seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
     engine = plan.engine
+    sh = sh.overlapping(plan.async_tp if engine is not FUNC else 1)
     weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free=engine is not FUNC, reshard=plan.reshard)
     weights.plan(visits(model.chain, plan.remat, weights) * plan.microbatches)
     gradients = Gradients(sh, plan.leaves, stored, plan.wire)

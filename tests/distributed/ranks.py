@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh
+from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
 
 
@@ -26,6 +27,16 @@ def batch(rows=8, length=8, vocab=21):
     weights = torch.rand(shape, generator=generator, dtype=torch.float64)
     documents = (torch.rand(shape, generator=generator) > 0.7).long().cumsum(1)
     return {"tokens": tokens, "labels": labels, "weights": weights, "documents": documents}
+
+
+def most_under_way(traffic, collective, axis):
+    """The most of this process's collectives of a kind that were issued and not yet waited for."""
+    now, most = 0, 0
+    for event in traffic.events[dist.get_rank()]:
+        if event[1:3] == (collective, axis):
+            now += 1 if event.kind == "issue" else -1
+            most = max(most, now)
+    return most
 
 
 def main(cases):
@@ -42,9 +53,12 @@ def main(cases):
         if layers not in expected:
             expected[layers] = measure(model, SINGLE, batch())
         start, wrong = time.perf_counter(), None
-        actual = measure(model, Sharding(make_mesh("cpu", **sizes), RULES[rules]), batch(), expected=expected[layers], **given)
+        mesh, traffic = counted(make_mesh("cpu", **sizes))
+        actual = measure(model, Sharding(mesh, RULES[rules]), batch(), expected=expected[layers], **given)
         try:
             assert_same(actual, expected[layers], 1e-10)
+            if "async_tp" in given and "compile" not in given:
+                assert most_under_way(traffic, "all_gather", "tp") == 2, "no gather is under way while another is waited for"
         except AssertionError as error:
             wrong = f"rank {dist.get_rank()}: {error}"
         reports = [None] * dist.get_world_size()

@@ -24,6 +24,7 @@ EAGER = [  # every way to store and every way to compute
     "tp tp=4",
     "tp_sp tp=4 remat=selective",
     "tp_sp cp=2 tp=2",
+    "tp_sp tp=4 async_tp=2",
     "fsdp_tp_sp dp=2 tp=2 microbatches=2 remat=full",
     "zero1_tp dp=2 tp=2 prefetch=0",
 ]
@@ -33,6 +34,7 @@ MORE = [
     "tp tp=4 compile=1",
     "fsdp dp=4 compile=1 remat=full",
     "tp_sp cp=2 tp=2 compile=1",
+    "tp_sp tp=4 compile=1 async_tp=2",
     "zero2_tp_sp dp=2 tp=2 compile=1",
 ]
 
