@@ -35,9 +35,9 @@ def make_evaluate(model: Model, sh: Sharding, *, dtype: torch.dtype | None = Non
         values = model.inputs(here, batch)
         counts = model.counts_of(here, values)
         for node in model.chain:
-            own = weights.take(node)
+            own, inside = weights.take(node), here.of_layer(node.index)
             reads = {name: values[name] for name in node.reads if name in values}
-            values = {**values, **(_in_parts(node, here, own, reads) if node.chunks else node.fn(here, own, reads, None))}
+            values = {**values, **(_in_parts(node, inside, own, reads) if node.chunks else node.fn(inside, own, reads, None))}
             weights.leave(node, own)
         sums = {f"{term}.sum": values[f"loss.{term}"] for term in counts}
         return sum_together(here, {**sums, **{f"{term}.count": n for term, n in counts.items()}})
