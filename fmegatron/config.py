@@ -50,7 +50,13 @@ class Model:
 class Data:
     """The text, its tokens, and how samples are cut from it."""
 
-    source: str = option("stdlib", "stdlib (this Python's own), a prefix of .bin and .idx, or your.module:function")
+    source: str = option("stdlib", "stdlib (this Python's own), a prefix of .bin and .idx, mock, or your.module:function")
+    blend: dict[str, Any] = option({}, "prefix = weight for several, in place of source")
+    valid_blend: dict[str, Any] = option({}, "the same for held-out text, in place of valid")
+    split: str | None = option(None, "parts of source or blend for train, valid and test, such as 969,30,1")
+    order: Literal["own", "megatron"] = option("own", "how samples are drawn: as megatron-core does, for the same seed")
+    eod_mask_loss: bool = option(False, "order megatron: what follows an end of document counts for nothing")
+    pad_vocab: int = option(1, "the model's vocabulary is rounded up to a multiple of this", at_least=1)
     valid: str | None = option(None, "prefix of held-out text; none: what stdlib keeps for it, else no validation")
     tokenizer: str | None = option(None, "tokenizer.json, its folder, byte, null:SIZE; none: model.hf's, or stdlib's")
     vocab_size: int = option(4096, "of the tokenizer that stdlib trains", at_least=257)

@@ -2,12 +2,14 @@
 
 from fmegatron.data.batches import Batch, Rows, batch_at, held_out_batches, rows_at
 from fmegatron.data.bert import Bert
+from fmegatron.data.blend import Blend, HeldOuts, gpt_blend
 from fmegatron.data.blending import blend_index
 from fmegatron.data.chat import Chat, load_chat
 from fmegatron.data.compress import compressed_sizes
-from fmegatron.data.corpus import Corpus, quickstart
+from fmegatron.data.corpus import Corpus, Files, Megatron, quickstart
 from fmegatron.data.cycle import Cycle, InOrder, Skip
 from fmegatron.data.fim import Fim
+from fmegatron.data.gpt import GptOptions, GptSamples, split_bounds
 from fmegatron.data.gpt_indices import GptIndex, gpt_index
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from fmegatron.data.masking import Masking, continuations
@@ -23,6 +25,7 @@ from fmegatron.data.text import Document, documents, stdlib_documents
 __all__ = [
     "Batch",
     "Bert",
+    "Blend",
     "Chat",
     "Conversations",
     "Corpus",
@@ -30,13 +33,18 @@ __all__ = [
     "Cycle",
     "Document",
     "Fim",
+    "Files",
     "GptIndex",
+    "GptOptions",
+    "GptSamples",
     "HeldOut",
+    "HeldOuts",
     "InOrder",
     "IndexedDataset",
     "IndexedWriter",
     "Masking",
     "Mixture",
+    "Megatron",
     "PackIndex",
     "Packed",
     "Rows",
@@ -54,6 +62,7 @@ __all__ = [
     "continuations",
     "documents",
     "first_fit",
+    "gpt_blend",
     "gpt_index",
     "held_out_batches",
     "load_chat",
@@ -61,6 +70,7 @@ __all__ = [
     "quickstart",
     "ramp",
     "rows_at",
+    "split_bounds",
     "stdlib_documents",
     "token_dtype",
     "tokenize",

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from fmegatron.data.batches import Rows
 from fmegatron.data.blending import Blended, blend_index
+from fmegatron.data.cycle import FiniteRows
 from fmegatron.data.index_cache import cached
-from fmegatron.data.samples import Row
+from fmegatron.data.samples import HeldOut, Row
 
 SURPLUS = 0.005  # Megatron's mid_level_dataset_surplus: rows drawn of each data set beyond its share
-
-
-class Rows(Protocol):
-    """What makes a row from its number."""
-
-    def row(self, number: int) -> Row: ...
 
 
 class Blend:
@@ -32,7 +27,7 @@ class Blend:
         self._lock = threading.Lock()
 
     def row(self, number: int) -> Row:
-        """Row `number`, with the number of its data set as `source`."""
+        """Row `number`, of the blend's own count."""
         if number < 0:
             raise ValueError(f"sample number {number}: must not be negative")
         with self._lock:
@@ -59,20 +54,45 @@ class GptBlend:
         return self.rows[which].row(sample) | {"sample": np.array(number)}
 
 
-class Sized(Rows, Protocol):
-    """Rows that end."""
+class HeldOuts:
+    """Held-out rows of several data sets, one after another, `batch` at a time; as a HeldOut else."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, parts: Sequence[HeldOut], limit: int | None = None) -> None:
+        self.parts, self.batch, self.limit = parts, parts[0].batch, limit
+        self.ends = np.cumsum([part.rows for part in parts])
+        self.rows = int(self.ends[-1]) if limit is None else min(int(self.ends[-1]), limit)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.rows // self.batch)
+
+    def row(self, number: int) -> Row:
+        """Row `number`; padding from `rows` on."""
+        if number >= self.rows:
+            return self.parts[-1].row(self.parts[-1].rows) | {"sample": np.array(number)}
+        which = int(np.searchsorted(self.ends, number, "right"))
+        start = int(self.ends[which]) - self.parts[which].rows
+        return self.parts[which].row(number - start) | {"sample": np.array(number)}
+
+    def numbers(self) -> Iterator[range]:
+        """The row numbers of each batch, the last one's padding included."""
+        return (range(i * self.batch, (i + 1) * self.batch) for i in range(len(self)))
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes of text that the predicted tokens stand for; None where that is not known, or only some rows are read."""
+        found = [part.bytes for part in self.parts]
+        return None if self.rows < self.ends[-1] or None in found else sum(size for size in found if size is not None)
 
 
 def gpt_blend(
     weights: Mapping[str, float | None],
     size: int | None,
-    make: Callable[[str, int | None], Sized],
+    make: Callable[[str, int | None], FiniteRows],
     *,
     surplus: float = SURPLUS,
     cache: str | Path | None = None,
-) -> Sized:
+) -> FiniteRows:
     """megatron-core's blend of data sets, {prefix: weight}; `make(prefix, samples)` draws one of them.
 
     All weights None: one epoch of each, mixed in proportion to their rows, `size` of them at most. Otherwise `size` is

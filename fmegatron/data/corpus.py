@@ -14,28 +14,49 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from fmegatron.data import tokenizers
+from fmegatron.data.batches import Rows
+from fmegatron.data.blend import Blend, HeldOuts, gpt_blend
 from fmegatron.data.compress import compressed_sizes
+from fmegatron.data.gpt import GptOptions, GptSamples, Mock, split_bounds
 from fmegatron.data.indexed import IndexedDataset
 from fmegatron.data.prepare import Counts, write_documents
-from fmegatron.data.samples import HeldOut, Samples
+from fmegatron.data.samples import HeldOut, Ints, Samples
 from fmegatron.data.text import stdlib_documents, stdlib_files
 
 VERSION = 1  # of what `quickstart` writes
 
 
+Files = str | Mapping[str, float | None]  # a prefix, or a blend: {prefix: weight}, weights None: by size
+MOCK = "mock"  # in place of a prefix: Megatron's mock data
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """Rows are drawn as megatron-core draws them, for `samples` of them (None: one epoch); its indices are kept in `cache`."""
+
+    samples: int | None = None
+    eod_mask_loss: bool = False
+    cache: str | None = None
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Where a corpus lies: prefixes of `.bin/.idx` pairs and a tokenizer as `tokenizers.load` takes it.
+    """Where a corpus lies: prefixes of `.bin/.idx` pairs, or blends of them, and a tokenizer as `tokenizers.load` takes it.
 
-    Where known: `counts` {"train": …, "valid": …}, and `bits_per_byte` {"gzip": …, "xz": …} of the held-out text.
+    Where known: `counts` {"train": …, "valid": …}, and `bits_per_byte` {"gzip": …, "xz": …} of the held-out text. With a
+    `split` string such as "969,30,1" train and valid are these parts of each file's sequences.
     """
 
-    train: str
+    train: Files
     tokenizer: str
-    valid: str | None = None
+    valid: Files | None = None
     counts: Mapping[str, Counts] = field(default_factory=dict)
     bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    split: str | None = None
+    megatron: Megatron | None = None
 
     @cached_property
     def codec(self) -> tokenizers.Tokenizer:
@@ -46,24 +67,59 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.codec.vocab_size
 
-    def samples(self, seq: int, seed: int, *, reset_positions: bool = False) -> Samples:
+    def samples(self, seq: int, seed: int, *, reset_positions: bool = False) -> Rows:
         """Training rows."""
-        data = IndexedDataset(self.train)
-        return Samples(data, seq, seed, reset_positions=reset_positions, vocab_size=self.vocab_size)
+        if self.megatron is not None:
+            return self._megatron(self.megatron, GptOptions(seq, seed, reset_positions, self.megatron.eod_mask_loss))
+        rows, weights = [], []
+        for prefix, weight in _files(self.train).items():
+            data = IndexedDataset(prefix)
+            rows.append(Samples(data, seq, seed, reset_positions=reset_positions, vocab_size=self.vocab_size,
+                                documents=self._documents(prefix, len(data), 0)))  # fmt: skip
+            weights.append(weight)
+        if len(rows) == 1:
+            return rows[0]
+        return Blend(rows, [row.per_epoch if weight is None else weight for row, weight in zip(rows, weights, strict=True)])
 
-    def held_out(self, seq: int, batch: int, *, limit: int | None = None, reset_positions: bool = False) -> HeldOut:
-        """Validation rows, `limit` of them at most."""
+    def held_out(
+        self, seq: int, batch: int, *, limit: int | None = None, reset_positions: bool = False
+    ) -> HeldOut | HeldOuts:
+        """Validation rows, `limit` of them at most; of a blend's data sets one after another, whatever their weights."""
         if self.valid is None:
             raise ValueError(f"the corpus of {self.train} has no held-out split")
-        return HeldOut(
-            IndexedDataset(self.valid),
-            seq,
-            batch,
-            token_bytes=self.codec.token_bytes(),
-            limit=limit,
-            reset_positions=reset_positions,
-            vocab_size=self.vocab_size,
-        )
+        parts, sizes = [], self.codec.token_bytes()
+        for prefix in _files(self.valid):
+            data = IndexedDataset(prefix)
+            documents = self._documents(prefix, len(data), 1)
+            parts.append(HeldOut(data, seq, batch, token_bytes=sizes, limit=limit, reset_positions=reset_positions,
+                                 vocab_size=self.vocab_size, documents=documents))  # fmt: skip
+        return parts[0] if len(parts) == 1 else HeldOuts(parts, limit)
+
+    def _megatron(self, how: Megatron, options: GptOptions) -> Rows:
+        try:
+            eod: int | None = self.codec.eod
+        except ValueError:  # documents end where the file says so
+            eod = None
+
+        def make(prefix: str, samples: int | None) -> GptSamples:
+            data = Mock(self.vocab_size, eod or 0) if prefix == MOCK else IndexedDataset(prefix)
+            documents = self._documents(prefix, len(data.lengths), 0)
+            return GptSamples(data, options, documents, samples, eod=eod, vocab_size=self.vocab_size, cache=how.cache)
+
+        return gpt_blend(_files(self.train), how.samples, make, cache=how.cache)
+
+    def _documents(self, prefix: str, size: int, part: int) -> Ints | None:
+        if self.split is None:
+            return None
+        bounds = split_bounds(self.split, size)[part]
+        if bounds is None or bounds[0] == bounds[1]:
+            name = ("train", "valid")[part]
+            raise ValueError(f"{prefix}: split {self.split!r} of {size} sequences leaves none for {name}: choose other weights")
+        return np.arange(*bounds)
+
+
+def _files(files: Files) -> Mapping[str, float | None]:
+    return {files: None} if isinstance(files, str) else files
 
 
 Report = Callable[[str], None]  # is told, line by line, what is being done

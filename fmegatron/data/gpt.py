@@ -77,8 +77,8 @@ class GptSamples:
         def build() -> GptIndex:
             return gpt_index(lengths, chosen, o.seq, o.seed, samples=samples, extra_token=o.extra_token, drop_last=o.drop_last)
 
-        facts = {"path": data.prefix, "samples": samples, "lengths": zlib.crc32(np.ascontiguousarray(lengths)),
-                 "documents": [len(chosen), zlib.crc32(np.ascontiguousarray(chosen, np.int32))], **asdict(o)}  # fmt: skip
+        facts = {"path": data.prefix, "samples": samples, "lengths": zlib.crc32(lengths.tobytes()),
+                 "documents": [len(chosen), zlib.crc32(chosen.astype(np.int32).tobytes())], **asdict(o)}  # fmt: skip
         names = ("document_index", "sample_index", "shuffle_index")
         self.index = GptIndex(*cached(cache, "gpt", facts, names, build))
 

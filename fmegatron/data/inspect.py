@@ -70,8 +70,8 @@ def picture(found: Statistics, path: str | Path, title: str) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: {found.documents:,} documents, {found.tokens:,} tokens", fontsize=11)
-    top = max(int(lengths.max(initial=1)), 2)
-    edges = np.unique(np.geomspace(1, top + 1, min(60, top + 1)).round())
+    low, high = int(lengths.min(initial=2**31)), int(lengths.max(initial=1)) + 1
+    edges = np.unique(np.geomspace(min(low, high - 1), high, 60).round())
     kinds = (("documents", None, "#4477aa"), ("tokens in them", lengths, "#cc6677"))
     for axis, (name, weights, color) in zip(figure.subplots(1, 2), kinds, strict=True):
         axis.hist(lengths, edges, weights=weights, color=color)

@@ -52,11 +52,10 @@ class RemoteTokens:
             if number not in self._blocks:
                 start = number * self.per_block
                 count = min(self.per_block, self.size - start)
-                data = self._file[0].cat_file(
-                    self._file[1], start * self.dtype.itemsize, (start + count) * self.dtype.itemsize
-                )
-                if len(data) != count * self.dtype.itemsize:
-                    raise ValueError(f"{self.address} at byte {start * self.dtype.itemsize}: {len(data)} bytes came")
+                first, stop = start * self.dtype.itemsize, (start + count) * self.dtype.itemsize
+                data = self._file[0].cat_file(self._file[1], start=first, end=stop)
+                if len(data) != stop - first:
+                    raise ValueError(f"{self.address} at byte {first}: asked for {stop - first} bytes, got {len(data)}")
                 self._blocks[number] = np.frombuffer(data, self.dtype)
             self._blocks.move_to_end(number)
             while len(self._blocks) > self.kept:

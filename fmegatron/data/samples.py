@@ -84,7 +84,8 @@ class Samples:
 
     Row: tokens, labels, positions, documents int64 [seq], weights float32 [seq], sample int64 []. `documents` is a
     running number within the row; `positions` count from the row's start or, with `reset_positions`, from each
-    document's. The tokens left over at an epoch's end, fewer than seq and others each time, are dropped.
+    document's. `documents`: the sequences to draw from, all unless given.
+    The tokens left over at an epoch's end, fewer than seq and others each time, are dropped.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Samples:
         *,
         reset_positions: bool = False,
         vocab_size: int | None = None,
+        documents: Ints | None = None,
     ) -> None:
-        tokens = len(data.stream)
+        self.documents = np.arange(len(data)) if documents is None else documents
+        tokens = int(data.lengths[self.documents].sum(dtype=np.int64))
         if seq < 1 or tokens < seq + 1:
             raise ValueError(f"{data.prefix}: {tokens} tokens give no row of seq {seq}; choose seq in 1..{tokens - 1}")
         self.data, self.seq, self.seed, self.vocab_size = data, seq, seed, vocab_size
@@ -118,7 +121,7 @@ class Samples:
         """An epoch's orders, which depend on (seed, number) only; the last two made are kept."""
         with self._lock:
             if number not in self._epochs:
-                order = permutation(len(self.data), self.seed, 2 * number)
+                order = self.documents[permutation(len(self.documents), self.seed, 2 * number)]
                 deal = permutation(self.per_epoch, self.seed, 2 * number + 1)
                 last = dict(list(self._epochs.items())[-1:])
                 self._epochs = last | {number: Epoch(Stream(self.data, order, self.vocab_size), deal)}
@@ -130,7 +133,8 @@ class HeldOut:
 
     Rows are as in `Samples`; those numbered `rows` and above are padding. Each token but the first, which has nothing
     before it, is predicted once: `predicted` of them. `bytes` of text stand behind these, the sum of `token_bytes`: an
-    end of document is predicted like any token but stands for no bytes. Bits per byte = nats / ln 2 / bytes.
+    end of document is predicted like any token but stands for no bytes. `documents` as in `Samples`.
+    Bits per byte = nats / ln 2 / bytes.
     """
 
     def __init__(
@@ -143,12 +147,13 @@ class HeldOut:
         limit: int | None = None,
         reset_positions: bool = False,
         vocab_size: int | None = None,
+        documents: Ints | None = None,
     ) -> None:
-        if len(data.stream) < 2 or min(seq, batch) < 1 or (limit is not None and limit < 1):
-            numbers = f"{len(data.stream)} tokens, seq {seq}, batch {batch}, limit {limit}"
+        self.stream = Stream(data, np.arange(len(data)) if documents is None else documents, vocab_size)
+        if len(self.stream) < 2 or min(seq, batch) < 1 or (limit is not None and limit < 1):
+            numbers = f"{len(self.stream)} tokens, seq {seq}, batch {batch}, limit {limit}"
             raise ValueError(f"{data.prefix}: {numbers}: nothing to predict; at least 2 tokens and 1 of the others")
         self.seq, self.batch, self.reset_positions, self.token_bytes = seq, batch, reset_positions, token_bytes
-        self.stream = Stream(data, np.arange(len(data)), vocab_size)
         rows = -(-(len(self.stream) - 1) // seq)
         self.rows = rows if limit is None else min(rows, limit)
         self.predicted = min(self.rows * seq, len(self.stream) - 1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fmegatron import config as configs
 from fmegatron import models
 from fmegatron.config import ConfigError, RunConfig
+from fmegatron.data import tokenizers
 from fmegatron.models import Model
 from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
@@ -115,7 +116,8 @@ def model_of(c: RunConfig, source: Source, sh: Sharding) -> tuple[Model, Tree]:
         if not isinstance(model, Model):
             raise ConfigError(f"model.function = {c.model.function}: returned {type(model).__name__}, not a Model")
     else:
-        sizes = {"vocab": vocab} if c.data.source == "stdlib" else {}
+        padded = tokenizers.padded_vocab(vocab, c.data.pad_vocab) if vocab else None
+        sizes = {"vocab": padded} if c.data.source == "stdlib" or c.data.pad_vocab > 1 else {}
         model = models.preset(c.model.preset, **(sizes | c.model.overrides))
     known = model.sizes.get("vocab")
     if vocab is not None and known is not None and vocab > (size := known if isinstance(known, int) else known.n):

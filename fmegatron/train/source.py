@@ -23,7 +23,7 @@ class Source:
     corpus: data.Corpus | data.Conversations | mds.StreamCorpus | None = None
     compressors: Mapping[str, float] = field(default_factory=dict)
 
-    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.InOrder | None:
+    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.HeldOuts | data.InOrder | None:
         """Held-out rows in batches, `limit` rows at most; None where there is no such text."""
         if self.corpus is None or self.corpus.valid is None:
             return None
@@ -38,9 +38,9 @@ def source_of(c: RunConfig, say: Say) -> Source:
         corpus = _conversations(c)
     elif d.streams:
         corpus = _streams(c)
-    elif d.source == "stdlib":
+    elif d.source == "stdlib" and not d.blend:
         corpus = data.quickstart(d.cache or c.run.folder.parent / "cache", d.vocab_size, say)
-    elif ":" in d.source and not Path(f"{d.source}.idx").exists():
+    elif ":" in d.source and not d.blend and "://" not in d.source and not Path(f"{d.source}.idx").exists():
         made = configs.imported(d.source)(**d.arguments)
         if not isinstance(made, data.Corpus):
             if not hasattr(made, "row"):
@@ -48,16 +48,46 @@ def source_of(c: RunConfig, say: Say) -> Source:
             return Source(_left(made, d.skip))
         corpus = made
     else:
-        for suffix in (".bin", ".idx"):
-            if not Path(d.source + suffix).is_file():
-                raise ConfigError(f"data.source = {d.source}: no file {d.source}{suffix} (fmegatron tokenize writes them)")
-        tokenizer = d.tokenizer or c.model.hf
-        if tokenizer is None:
-            raise ConfigError("data.tokenizer: name the tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
-        corpus = data.Corpus(d.source, tokenizer, d.valid)
+        corpus = _token_files(c)
     rows = _left(corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions), d.skip)
     bits = corpus.bits_per_byte if isinstance(corpus, data.Corpus) else {}
     return Source(rows, corpus, {f"{name} -9": value for name, value in bits.items()})
+
+
+def _token_files(c: RunConfig) -> data.Corpus:
+    d = c.data
+    names = list(d.blend) or [d.source]
+    for name in names:
+        if name != "mock" and "://" not in name:
+            for suffix in (".bin", ".idx"):
+                if not Path(name + suffix).is_file():
+                    raise ConfigError(f"data.source = {name}: no file {name}{suffix} (fmegatron tokenize writes them)")
+    if "mock" in names and d.order != "megatron":
+        raise ConfigError('data.source = mock: these are Megatron\'s, set data.order = "megatron"')
+    tokenizer = d.tokenizer or c.model.hf
+    if tokenizer is None:
+        raise ConfigError("data.tokenizer: name the tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
+    if d.split is not None and (d.valid or d.valid_blend):
+        raise ConfigError("data.split and a valid of its own are both set: drop one of the two")
+    for key, weights in (("blend", d.blend), ("valid_blend", d.valid_blend)):
+        if bad := [f"{name} = {weight}" for name, weight in weights.items() if not _positive(weight)]:
+            raise ConfigError(f"data.{key}: {bad[0]}: a weight is a number above 0; leave out what is not to be read")
+    train: data.Files = {name: float(weight) for name, weight in d.blend.items()} or d.source
+    valid: data.Files | None = {name: float(weight) for name, weight in d.valid_blend.items()} or d.valid
+    if d.split is not None and data.split_bounds(d.split, 1)[1] is not None and "mock" not in names:
+        valid = train
+    how = None
+    if d.order == "megatron":
+        cache = str(d.cache or c.run.folder.parent / "cache")
+        how = data.Megatron(c.training.steps * c.training.global_batch, d.eod_mask_loss, cache)
+    return data.Corpus(train, tokenizer, valid, split=d.split, megatron=how)
+
+
+def _positive(weight: Any) -> bool:
+    try:
+        return 0 < float(weight) < float("inf")
+    except (TypeError, ValueError):
+        return False
 
 
 def _conversations(c: RunConfig) -> data.Conversations:

@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.utils import Split
 
 EOD = 0
+KEYS = (("tokens", "tokens"), ("labels", "labels"), ("positions", "position_ids"), ("weights", "loss_mask"))
 
 
 def write(prefix: Path, lengths: list[int], seed: int = 0) -> IndexedDataset:
@@ -46,7 +47,7 @@ def check_rows(ours: Any, oracle: Any) -> None:
     assert len(ours) == len(oracle)
     for number in range(len(ours)):
         row, item = ours.row(number), oracle[number]
-        for mine, other in (("tokens", "tokens"), ("labels", "labels"), ("positions", "position_ids"), ("weights", "loss_mask")):
+        for mine, other in KEYS:
             assert np.array_equal(row[mine], item[other].numpy()), mine
             assert row[mine].dtype == item[other].numpy().dtype
         documents = row["documents"]
@@ -54,7 +55,7 @@ def check_rows(ours: Any, oracle: Any) -> None:
         assert np.array_equal(mask, item["attention_mask"][0].numpy())
 
 
-OPTIONS = st.builds(GptOptions, st.integers(2, 20), st.integers(0, 99), st.booleans(), st.booleans(), st.booleans(), st.booleans())
+OPTIONS = st.builds(GptOptions, st.integers(2, 20), st.integers(0, 99), *[st.booleans()] * 4)
 LENGTHS = st.lists(st.integers(1, 30), min_size=2, max_size=12)
 
 
@@ -64,9 +65,9 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=2, max_size=12)
 def test_rows_are_megatrons(lengths: list[int], o: GptOptions, samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write(Path(folder, "x"), lengths)
-        low = theirs.GPTDataset.build_low_level_dataset(f"{folder}/x", config(folder, o, split="1", blend=([f"{folder}/x"], None)))
         chosen = np.arange(len(lengths) // 2, len(lengths), dtype=np.int32)
         c = config(folder, o, split="1", blend=([f"{folder}/x"], None))
+        low = theirs.GPTDataset.build_low_level_dataset(f"{folder}/x", c)
         kind = Split.train if o.drop_last else Split.valid
         oracle = theirs.GPTDataset(low, f"{folder}/x", chosen, samples if o.drop_last else None, kind, c)
         if len(oracle):
@@ -110,7 +111,7 @@ def test_mock_is_megatrons() -> None:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.one_of(st.integers(0, 1000), st.floats(0, 1).map(lambda x: round(x, 4))), min_size=1, max_size=3), st.integers(0, 10**7))
+@given(st.lists(st.one_of(st.integers(0, 1000), st.floats(0, 1)), min_size=1, max_size=3), st.integers(0, 10**7))
 def test_splits_are_megatrons(weights: list[float], size: int) -> None:
     text = ",".join(f"{weight:.4f}" for weight in weights)
     if not sum(float(word) for word in text.split(",")):
@@ -143,7 +144,7 @@ def test_boundaries_of_sequences_where_there_is_no_eod(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path) -> None:
     data = write(tmp_path / "x", [30, 30])
     rows = GptSamples(data, GptOptions(5, 1), samples=20, vocab_size=5)
-    with pytest.raises(ValueError, match=r"x: ids \d..8 in sequences .* the vocabulary ends at 4"):
+    with pytest.raises(ValueError, match=r"x: ids .* in sequences .* the vocabulary ends at 4"):
         [rows.row(i) for i in range(len(rows))]
     with pytest.raises(ValueError, match="row 22 of 22|row 23 of 23"):
         rows.row(len(rows))
