@@ -9,7 +9,7 @@ backward part by part in the forward walk, so that one part's logits are all tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fmegatron import random, tree
 from fmegatron.models.model import Node, Values
 from fmegatron.sharding import Sharding
+from fmegatron.split import Halves
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.remat import Remat
 from fmegatron.train.weights import Weights
@@ -48,9 +49,20 @@ class Ran:
     pullback: Pullback | None
 
 
-def visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
-    """The order in which a walk asks for the nodes' parameters, those left out that are still there."""
-    order = list(chain)
+@dataclass
+class Segment:
+    """A piece of the chain that ran forward: its nodes' pullbacks, or what it read and will be run again with."""
+
+    nodes: list[Node]
+    again: bool
+    saved: Values
+    moving: frozenset[str]
+    ran: list[Ran]
+
+
+def backward_visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
+    """The order in which a backward walk asks for the nodes' parameters, those left out that are still there."""
+    order: list[Node] = []
     for segment, again in reversed(remat.segments(chain)):
         if again:
             order += [node for node in segment if not weights.keeps(node)]
@@ -59,33 +71,53 @@ def visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
     return order
 
 
+def visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
+    """The order in which a whole walk asks for them: each node forward, then backward."""
+    return list(chain) + backward_visits(chain, remat, weights)
+
+
 def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Values:
     """Add the gradients of the loss over a batch to `step.gradients`; returns {"loss.TERM": local sum}."""
-    values, moving = dict(batch), frozenset[str]()
-    tape: list[tuple[list[Node], bool, Values, frozenset[str], list[Ran]]] = []
-    for segment, again in remat.segments(chain):
+    values, _, tape = walk_forward(chain, step, dict(batch), frozenset(), remat)
+    losses = {name: x for name, x in values.items() if name.startswith("loss.")}
+    del values
+    walk_backward(tape, step)
+    return losses
+
+
+def walk_forward(
+    chain: Sequence[Node], step: Step, values: Values, moving: frozenset[str], remat: Remat
+) -> tuple[Values, frozenset[str], list[Segment]]:
+    """Run nodes; all values, the names of those that depend on parameters, and what the backward needs."""
+    tape: list[Segment] = []
+    for nodes, again in remat.segments(chain):
         before, moved_before, ran = values, moving, []
-        for node in segment:
+        for node in nodes:
             values, moving, done = forward(node, step, values, moving)
             if not again:
                 ran.append(done)
             step.weights.leave(node, done.own)
-        reads = {name for node in segment for name in node.reads}
+        reads = {name for node in nodes for name in node.reads}
         saved = {name: x for name, x in before.items() if name in reads} if again else {}
-        tape.append((segment, again, saved, moved_before, ran))
+        tape.append(Segment(nodes, again, saved, moved_before, ran))
         del before
-    losses = {name: x for name, x in values.items() if name.startswith("loss.")}
-    step.cotangents.update({name: step.seeds[name.removeprefix("loss.")] for name in losses})
-    del values
+    step.cotangents.update({name: step.seeds[name.removeprefix("loss.")] for name in values if name.startswith("loss.")})
+    return values, moving, tape
+
+
+def walk_backward(tape: list[Segment], step: Step, pull: Callable[[Ran, Step, bool], None] | None = None) -> None:
+    """Pull the step's cotangents back through what ran, the last first, and empty the tape. pull: in place of `backward`."""
+    pull = pull or backward
     while tape:
-        segment, again, saved, moved, ran = tape.pop()
-        for node in segment if again else ():
-            saved, moved, done = forward(node, step, saved, moved, again=True)
+        segment = tape.pop()
+        again, nodes, saved, moving, ran = segment.again, segment.nodes, segment.saved, segment.moving, segment.ran
+        del segment
+        for node in nodes if again else ():
+            saved, moving, done = forward(node, step, saved, moving, again=True)
             ran.append(done)
         del saved
         while ran:
-            backward(ran.pop(), step, freed=not again)
-    return losses
+            pull(ran.pop(), step, not again)
 
 
 def forward(
@@ -111,31 +143,54 @@ def differentiate(
     key = None if step.key is None else random.fold_in(step.key, node.index)
     wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
     rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
-    inside = step.sh.of_layer(node.index)
 
     def block(wrt: Tree, rest: Tree) -> Values:
         taps: dict[str, tuple[str, Tensor]] = {}
-        sh = inside.at(rest["rank"]) if rest["rank"] is not None else inside
+        sh = step.sh.at(rest["rank"]) if rest["rank"] is not None else step.sh
         out = node.fn(sh.tapping(taps), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
     engine = step.engine.light if node.light else step.engine
-    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, step.sh.recompute, step.sh.chunks))
+    return engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute, step.sh.chunks))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:
     """Pull cotangents back through a node, and give its gradients away; freed: whether its parameters were left."""
     if ran.pullback is None:
         return
+    grads = _pull(ran, step, freed, ran.pullback)
+    ran.pullback = None
+    step.gradients.add(ran.node, grads["own"])
+
+
+def _pull(ran: Ran, step: Step, freed: bool, pullback: Pullback) -> Tree:
     if freed and step.weights.frees(ran.node):
         step.weights.restore(ran.node, ran.own)
     mine = {name: step.cotangents.pop(name) for name in ran.node.writes if name in step.cotangents}
-    grads = ran.pullback(mine)
-    ran.pullback = None
+    grads = pullback(mine)
     step.weights.leave(ran.node, ran.own, done=True)
     for name, x in grads["reads"].items():
         step.cotangents[name] = step.cotangents[name] + x if name in step.cotangents else x
-    step.gradients.add(ran.node, grads["own"])
+    return grads
+
+
+def backward_inputs(ran: Ran, step: Step, freed: bool) -> None:
+    """The half of `backward` that others wait for: the cotangents of what a node read. Needs the engine SPLIT."""
+    if ran.pullback is not None:
+        assert isinstance(ran.pullback, Halves)
+        _pull(ran, step, freed, ran.pullback.early)
+
+
+def backward_weights(ran: Ran, step: Step) -> None:
+    """The other half: a node's own gradients, from what `backward_inputs` kept."""
+    if ran.pullback is not None:
+        assert isinstance(ran.pullback, Halves)
+        if step.weights.frees(ran.node):
+            step.weights.restore(ran.node, ran.own)
+        grads = ran.pullback.late()
+        ran.pullback = None
+        step.weights.leave(ran.node, ran.own, done=True)
+        step.gradients.add(ran.node, grads["own"])
 
 
 def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]) -> Values:

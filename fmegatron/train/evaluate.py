@@ -6,7 +6,7 @@ loss = sum of nats / sum of weights         bits per byte = sum of nats / ln 2 /
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fmegatron import tree
 from fmegatron.models.model import Model, Node, Values
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.train.leaves import plan_leaves
+from fmegatron.train.microbatches import rows_of, split
+from fmegatron.train.pipeline.across import everywhere, execute_forward
+from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, without_pp
 from fmegatron.train.step import sum_together
 from fmegatron.train.weights import Weights
 from fmegatron.transforms import inside_transform
@@ -24,23 +27,41 @@ Batch = Mapping[str, Tensor]
 Sums = dict[str, Tensor]
 
 
-def make_evaluate(model: Model, sh: Sharding, *, dtype: torch.dtype | None = None, prefetch: int = 1) -> Callable[..., Sums]:
-    """`evaluate(params, batch) -> {"TERM.sum", "TERM.count"}` over all ranks, without dropout, on local shards."""
+def make_evaluate(
+    model: Model, sh: Sharding, *, dtype: torch.dtype | None = None, prefetch: int = 1, pipeline: Pipeline | None = None
+) -> Callable[..., Sums]:
+    """`evaluate(params, batch) -> {"TERM.sum", "TERM.count"}` over all ranks, without dropout, on local shards.
+
+    pipeline: the step's; a batch is then cut into its microbatches, or into fewer where it has fewer rows.
+    """
+    placed = None if pipeline is None else place_pipeline(pipeline, model, sh.mesh)
+    model, sh = (model, sh) if placed is None else (placed.model, without_pp(sh))
     sh = sh.bind(model.sizes)
     leaves = plan_leaves(model, sh)
 
     def on_rank(here: Sharding, params: Tree, batch: Batch) -> Sums:
-        weights = Weights(here, leaves, tree.to_paths(params), dtype, prefetch, free=not inside_transform())
-        weights.plan(model.chain)
+        weights = Weights(here, leaves, tree.to_paths(params), dtype, prefetch, not inside_transform(), hold=placed is not None)
         values = model.inputs(here, batch)
         counts = model.counts_of(here, values)
-        for node in model.chain:
-            own, inside = weights.take(node), here.of_layer(node.index)
-            reads = {name: values[name] for name in node.reads if name in values}
-            values = {**values, **(_in_parts(node, inside, own, reads) if node.chunks else node.fn(inside, own, reads, None))}
-            weights.leave(node, own)
-        sums = {f"{term}.sum": values[f"loss.{term}"] for term in counts}
-        return sum_together(here, {**sums, **{f"{term}.count": n for term, n in counts.items()}})
+
+        def run_nodes(nodes: Sequence[Node], values: Values) -> Values:
+            for node in nodes:
+                own = weights.take(node)
+                reads = {name: values[name] for name in node.reads if name in values}
+                new = _in_parts(node, here, own, reads) if node.chunks else node.fn(here, own, reads, None)
+                values = {**values, **new}
+                weights.leave(node, own)
+            return values
+
+        n = {f"{term}.count": count for term, count in counts.items()}
+        if placed is None:
+            weights.plan(model.chain)
+            losses = run_nodes(model.chain, values)
+            return sum_together(here, {**{f"{term}.sum": losses[f"loss.{term}"] for term in counts}, **n})
+        parts = split(values, min(rows_of(values), placed.schedule.microbatches), even=False)
+        losses, _ = everywhere(placed, execute_forward(placed, parts, run_nodes, weights), {}, counts)
+        sums = {f"{term}.sum": losses[f"loss.{term}"] for term in counts}
+        return sum_together(placed.every(here), sums) | sum_together(here, n)
 
     run = spmd(sh, on_rank)
 

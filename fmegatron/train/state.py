@@ -75,18 +75,22 @@ class Over:
 
     sh: Sharding
     leaves: dict[str, Leaf]
+    every: Sharding | None = None  # with the axis of pipeline stages, where these are ranks
+    elsewhere: frozenset[str] = frozenset()  # leaves that an earlier stage holds and counts
 
     def norm(self, grads: Tree) -> Tensor:
         """The L2 norm of the whole tree; each element counts once, however many ranks hold it."""
         total: Any = 0.0
         for path, x in tree.to_paths(grads).items():
+            if path in self.elsewhere:
+                continue
             square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
             for axis in self.sh.mesh.axes:
                 if axis.size > 1 and axis.name not in self.leaves[path].optimizer.placed:
                     assert self.sh.rank is not None
                     square = apply(square, self.sh.rank, Once(axis))
             total = total + square
-        return over_ranks(self.sh, total, Psum).sqrt()
+        return over_ranks(self.every or self.sh, total, Psum).sqrt()
 
     def mean(self, updates: Tree, dims: Dims) -> Tree:
         """Each leaf's mean over its dims `dims[path]`, which stay with size 1."""

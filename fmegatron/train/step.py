@@ -11,28 +11,31 @@ The same function runs on one device, on a mesh under torchrun, and on a virtual
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmegatron import random, tree
-from fmegatron.models.model import Model, Values
+from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.bucket import Wire
 from fmegatron.sharding.collectives import Pmax, Psum
+from fmegatron.split import SPLIT
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
+from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
+from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
+from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.state import Over, TrainState, over_ranks
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
 
-Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]
 
 
@@ -51,13 +54,18 @@ class Plan:
     wire: Wire | None = None
     async_tp: int = 1
     compiled: Engine | None = None
+    placed: Placed | None = None
     weights: tuple[tuple[str, float], ...] = ()
 
     @property
     def engine(self) -> Engine:
         """What differentiates blocks here and now."""
+        splits = self.placed is not None and self.placed.schedule.splits
         if not inside_transform():
-            return self.compiled or AUTOGRAD
+            return self.compiled or (SPLIT if splits else AUTOGRAD)
+        if splits:
+            name = self.placed.schedule.name if self.placed else ""
+            raise ValueError(f"schedule {name} splits backwards, which a vmap cannot: use threads (mesh.threads), or 1f1b")
         if self.compiled is not None:
             raise ValueError("a compiled step cannot run under a torch.func transform: make it with compile=False")
         return FUNC
@@ -77,6 +85,7 @@ def plan_step(
     sum_dtype: torch.dtype | None = None,
     async_tp: int = 1,
     term_weights: Mapping[str, float] | None = None,
+    pipeline: Pipeline | None = None,
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
@@ -84,8 +93,22 @@ def plan_step(
     when gathered parameters are freed, see `parse_reshard`. reduce_dtype: in which gradients travel between ranks (None: in
     that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same). async_tp: chunks in
     which a product and the gather before it, or the reduce-scatter after it, go (1: whole; on a virtual mesh always).
-    term_weights: {term: factor in the loss}, 1 where a term is not named.
+    term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
+    mesh with an axis pp the plan's model and sharding are those of this rank's stages.
     """
+    placed = None
+    if pipeline is not None:
+        schedule = pipeline.schedule
+        if microbatches not in (1, schedule.microbatches):
+            raise ValueError(f"microbatches = {microbatches}, but schedule {schedule.name} has {schedule.microbatches}")
+        if compile and schedule.splits:
+            raise ValueError(f"schedule {schedule.name} splits backwards, compiled blocks cannot: use 1f1b or compile=False")
+        if async_tp > 1 and schedule.splits:
+            raise ValueError(f"schedule {schedule.name} splits backwards, products in chunks cannot: use 1f1b or async_tp=1")
+        placed = place_pipeline(pipeline, model, sh.mesh)
+        model, sh, microbatches = placed.model, without_pp(sh), schedule.microbatches
+    elif sh.mesh.sizes.get("pp", 1) > 1:
+        raise ValueError(f"the mesh has pp={sh.mesh.sizes['pp']}, and no pipeline says how: give its schedule")
     if compile and sh.mesh.stacked:
         raise ValueError("compile: a virtual mesh runs eager; use compile=False, or processes started by torchrun")
     if compile and (missing := why_not_compile()) is not None:
@@ -111,57 +134,58 @@ def plan_step(
         wire=wire,
         async_tp=async_tp,
         compiled=compiled,
+        placed=placed,
         weights=weights,
     )
 
 
-def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batch, key: Tensor | None = None) -> tuple[Tree, Metrics]:
+def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: Tensor | None = None) -> tuple[Tree, Metrics]:
     """On one rank: the loss's gradient over a local batch, at the optimizer's placement, and the metrics of the forward.
 
     params: local shards at storage. batch: this rank's rows, cut into the plan's microbatches. Every term is divided by its
     global count before the first microbatch, in the seed of the backward, and never again.
     """
     model = plan.model
-    values = model.inputs(sh, batch)
-    counts = sum_together(sh, model.counts_of(sh, values))
+    parts = microbatches_of(model, sh, batch, plan.microbatches, even=plan.placed is None)
+    local = [model.counts_of(sh, part) for part in parts]
+    counts = sum_together(sh, {term: torch.stack([one[term] for one in local]).sum(0) for term in local[0]})
     factors = dict(plan.weights)
     seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
     engine = plan.engine
     sh = sh.overlapping(plan.async_tp if engine is not FUNC else 1)
-    weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free=engine is not FUNC, reshard=plan.reshard)
-    weights.plan(visits(model.chain, plan.remat, weights) * plan.microbatches)
+    free, hold = engine is not FUNC, plan.placed is not None
+    weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free, plan.reshard, hold)
     gradients = Gradients(sh, plan.leaves, stored, plan.wire)
-    losses: dict[str, Tensor] = {}
-    taps: dict[str, Tensor] = {}
-    for part in split(values, plan.microbatches):
-        step = Step(sh, engine, weights, gradients, seeds, key)
-        for name, x in walk(model.chain, step, part, plan.remat).items():
-            losses[name] = losses[name] + x if name in losses else x
-        add_taps(taps, step.taps)
-    grads = gradients.finish(params)
+
+    def new_step() -> Step:
+        return Step(sh, engine, weights, gradients, seeds, key)
+
+    if plan.placed is not None:
+        losses, taps = execute(plan.placed, parts, new_step, weights, plan.remat)
+        losses, taps = everywhere(plan.placed, losses, taps, counts)
+        grads, every = sum_shared(plan.placed, gradients.finish(params)), plan.placed.every(sh)
+    else:
+        losses, taps = {}, {}
+        weights.plan(visits(model.chain, plan.remat, weights) * len(parts))
+        for part in parts:
+            step = new_step()
+            for name, x in walk(model.chain, step, part, plan.remat).items():
+                losses[name] = losses[name] + x if name in losses else x
+            add_taps(taps, step.taps)
+        grads, every = gradients.finish(params), sh
     terms = {name.removeprefix("loss."): x for name, x in losses.items()}
     metrics = {term: x / counts[term].clamp(min=1) for term, x in terms.items()}
     metrics["loss"] = sum((x * seeds[term] for term, x in terms.items()), start=torch.zeros_like(next(iter(terms.values()))))
     sums = {**metrics, **{name: x for name, x in taps.items() if not name.startswith("tap.max.")}}
-    out = sum_together(sh, sums)
-    out |= {name: over_ranks(sh, x, Pmax) for name, x in taps.items() if name.startswith("tap.max.")}
+    out = sum_together(every, sums)
+    out |= {name: over_ranks(every, x, Pmax) for name, x in taps.items() if name.startswith("tap.max.")}
     return grads, {**out, **{f"count.{term}": n for term, n in counts.items()}}
-
-
-def split(values: Values, parts: int) -> list[Values]:
-    """Microbatches: rows of a local batch in equal, neighbouring parts; raises ValueError where they are not equal."""
-    rows = values["tokens"].shape[0] if "tokens" in values else next(iter(values.values())).shape[0]
-    if rows % parts:
-        legal = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise ValueError(f"{rows} samples a rank do not divide into {parts} microbatches: use one of {legal}")
-    size = rows // parts
-    return [{name: x.narrow(0, i * size, size) for name, x in values.items()} for i in range(parts)]
 
 
 def make_step(
     model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batches], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
 
     settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
@@ -173,16 +197,16 @@ def make_step(
     plan = plan_step(model, sh, **settings)
     finish = fuse(tx)
 
-    def on_rank(here: Sharding, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def on_rank(here: Sharding, state: TrainState, batch: Batches) -> tuple[TrainState, Metrics]:
         return step_on_rank(plan, finish, here, state, batch, donate)
 
     run = spmd(plan.sh, on_rank)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batches) -> tuple[TrainState, Metrics]:
         if state.step.numel() == 0:
             raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
         with torch.no_grad():
-            new, metrics = run(state, dict(batch))
+            new, metrics = run(state, dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch])
         return (take_over(state, new) if donate else new), metrics
 
     return step
@@ -197,45 +221,31 @@ def take_over(old: TrainState, new: TrainState) -> TrainState:
 
 
 def step_on_rank(
-    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batch, donate: bool = False
+    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batches, donate: bool = False
 ) -> tuple[TrainState, Metrics]:
     """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`."""
     model = plan.model
-    batch = with_samples(sh, state, batch) if model.dropout else batch
+    batch = with_samples(sh, state.consumed, batch) if model.dropout else batch
     key = random.fold_in(state.key, state.consumed) if model.dropout else None
     grads, metrics = value_and_grad(plan, sh, state.params, batch, key)
     over: Any = Over(sh, plan.leaves)
+    if plan.placed is not None:
+        over = replace(over, every=plan.placed.every(sh), elsewhere=plan.placed.elsewhere)
     norm = over.norm(grads)
     over, ok = Known(over, grads, norm), torch.isfinite(norm)
     old = to_optimizer(plan.leaves, state.params, sh)
     compiled = isinstance(plan.compiled, Compiled)
     params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
     params = to_storage(plan.leaves, params, sh)
-    rows = batch["tokens"].shape[0] if "tokens" in batch else next(iter(batch.values())).shape[0]
     new = TrainState(
         step=state.step + ok.long(),
         params=params,
         opt_state=opt_state,
         key=state.key,
-        consumed=state.consumed + rows * shards_of_batch(sh),
+        consumed=state.consumed + rows_of(batch) * shards_of_batch(sh),
         skipped=state.skipped + (~ok).long(),
     )
     return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
-
-
-def with_samples(sh: Sharding, state: TrainState, batch: Batch) -> Batch:
-    """A batch whose rows have sample ids, so that dropout does not depend on how rows lie."""
-    if "sample" in batch:
-        return batch
-    return {**batch, "sample": state.consumed + sh.index("batch", "batch seq", batch["tokens"])}
-
-
-def shards_of_batch(sh: Sharding) -> int:
-    """The number of different local batches."""
-    size = 1
-    for axis in sh.placement("batch").of("batch"):
-        size *= sh.mesh[axis].size
-    return size
 
 
 def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

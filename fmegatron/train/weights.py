@@ -71,9 +71,10 @@ class Weights:
         ahead: int,
         free: bool,
         reshard: Reshard = ALWAYS,
+        hold: bool = False,
     ) -> None:
         self.sh, self.leaves, self.params, self.dtype, self.free = sh, leaves, params, dtype, free
-        self.reshard = reshard
+        self.reshard, self.hold = reshard, hold
         self.kept: dict[int, Tree] = {}  # by a node's number: gathered, and not freed before its backward
         self.visits: deque[Node] = deque()
         self.ahead = ahead
@@ -119,8 +120,8 @@ class Weights:
         return own
 
     def leave(self, node: Node, own: Tree, done: bool = False) -> None:
-        """Free the bytes of what was gathered for a node; of one that is kept, once its backward is done."""
-        if self.keeps(node) and not done:
+        """Free the bytes of what was gathered for a node; of one that is kept, once its backward is done (hold: never)."""
+        if self.keeps(node) and (self.hold or not done):
             return
         self.kept.pop(node.index, None)
         for x in self._freeable(node, own):

@@ -10,8 +10,9 @@ from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
 from fmegatron.testing import assert_max_traces, assert_trees_all_close, measure, variants
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.microbatches import split
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step, split
+from fmegatron.train.step import make_step, plan_step
 
 torch.set_num_threads(1)
 MESHES = [

@@ -1,0 +1,88 @@
+"""What a step's stages do together: leaves that several hold, the loss and statistics that some have, the gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models.model import Node, Values
+from fmegatron.train.chain import Step
+from fmegatron.train.pipeline.executor import Execution, plan_visits
+from fmegatron.train.pipeline.stages import Placed
+from fmegatron.train.pipeline.transports import Local, PointToPoint, Transport
+from fmegatron.train.remat import Remat
+from fmegatron.train.weights import Weights
+from fmegatron.tree import Tree
+
+
+def transport_of(placed: Placed) -> Transport:
+    """How this process's stages reach the others."""
+    if placed.rank is None:
+        return Local()
+    return PointToPoint(placed.mesh, placed.schedule.rank_of, placed.memo.setdefault("specs", {}))
+
+
+def execute(
+    placed: Placed, parts: Sequence[Values], new_step: Callable[[], Step], weights: Weights, remat: Remat
+) -> tuple[Values, Values]:
+    """Run a step's actions over microbatches; the sums of the losses, and what was tapped, of this process's stages."""
+    weights.plan(plan_visits(placed, remat, weights))
+    execution = Execution(placed, parts, new_step, remat, transport_of(placed))
+    execution.run()
+    return execution.losses, execution.taps
+
+
+def execute_forward(
+    placed: Placed, parts: Sequence[Values], evaluate: Callable[[Sequence[Node], Values], Values], weights: Weights
+) -> Values:
+    """The sums of the losses of this process's stages over at most the schedule's microbatches, forward only."""
+    weights.plan(plan_visits(placed, Remat(), weights, len(parts)))
+    execution = Execution(placed, parts, _no_step, Remat(), transport_of(placed), evaluate)
+    execution.run()
+    return execution.losses
+
+
+def _no_step() -> Step:
+    raise AssertionError("nothing is differentiated")
+
+
+def sum_shared(placed: Placed, grads: Tree) -> Tree:
+    """Gradients of leaves that several ranks hold, summed over these, in their order: all get the same bits."""
+    if placed.rank is None:
+        return grads
+    values = tree.to_paths(grads)
+    axis, here = placed.mesh["pp"], placed.mesh.rank
+    assert here is not None
+    for path, ranks in placed.holders.items():
+        if placed.rank not in ranks:
+            continue
+        mine = values[path].contiguous()
+        found = {rank: torch.empty_like(mine) for rank in ranks if rank != placed.rank}
+        ops = []
+        for rank, x in found.items():
+            peer = here + (rank - placed.rank) * axis.stride
+            ops += [dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, x, peer)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        found[placed.rank] = mine
+        values[path] = sum((found[rank] for rank in ranks[1:]), start=found[ranks[0]])
+    return tree.unflatten(tree.flatten(grads)[1], list(values.values()))
+
+
+def everywhere(placed: Placed, losses: Values, taps: Values, counts: Mapping[str, Tensor]) -> tuple[Values, Values]:
+    """Losses and taps under one set of names on all stages: where a stage has none, what adds nothing."""
+    if placed.rank is None:
+        return losses, taps
+    some = next(iter(counts.values()))
+    losses = {f"loss.{term}": losses.get(f"loss.{term}", torch.zeros_like(some)) for term in counts}
+    if "taps" not in placed.memo:
+        names: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(names, sorted(taps))
+        placed.memo["taps"] = sorted({name for found in names for name in found})
+    nothing = {name: -torch.inf if name.startswith("tap.max.") else 0.0 for name in placed.memo["taps"]}
+    return losses, {name: taps.get(name, some.new_full((), x)) for name, x in nothing.items()}
