@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,17 +25,18 @@ from typing import Any
 
 import torch
 
-from fmegatron import tensorfile
-from fmegatron.files import write_atomically
 from fmegatron.sharding.chunks import Chunks, check_tiling, inside, overlap, whole
-from fmegatron.train import manifest, steps
+from fmegatron.train import manifest
 from fmegatron.train.dcp import Stored
-from fmegatron.train.manifest import Store, box_name, is_checkpoint, open_store
-from fmegatron.train.steps import AnyPath, find, latest, step_folder
+from fmegatron.train.manifest import Store, box_name
+from fmegatron.train.remote import Bucket, Url, is_remote
+from fmegatron.train.steps import AnyPath, Local, step_folder
 from fmegatron.train.together import Group, is_first, on_first, share, together
 
 __all__ = ["Chunks", "damage", "find", "latest", "load", "newest_good", "read_meta", "save", "step_folder", "tensors", "whole"]
 
+
+Address = Path | Url
 
 
 # -- save -----------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def save(
     keep: int = 0,
     keep_every: int = 0,
     group: Group = None,
-) -> Path:
+) -> Address:
     """Write the checkpoint of one step, make it the latest, then delete the oldest but `keep` (0: none).
 
     keep_every: steps that it divides are never deleted (0: no such steps). With torch.distributed initialised every rank
@@ -58,16 +58,13 @@ def save(
     dtypes or the tiling of the pieces are at fault. Checkpoints of later steps (of a run that was taken up again from
     an earlier one) are neither counted nor deleted.
     """
-    final = step_folder(folder, step)
-    root, temporary = final.parent, final.with_name(f".tmp-{final.name}")
+    place = place_of(folder)
     name = f"rank-{share(group).start or 0:05d}.safetensors"
 
     def prepare(plans: list[Plan]) -> None:
         stored = _merge(plans)
         manifest.dumps(step, meta, stored, {})  # meta that is no JSON is found before anything is written
-        root.mkdir(parents=True, exist_ok=True)
-        steps.clean(root)
-        temporary.mkdir()
+        place.prepare(step)
 
     def write() -> tuple[Plan, tuple[str, int, str] | None]:
         own = {
@@ -78,17 +75,12 @@ def save(
         }
         if not own:
             return plan, None
-        digest = tensorfile.write(temporary / name, own)
-        return plan, (name, (temporary / name).stat().st_size, digest)
+        return plan, (name, *place.write(step, name, own))
 
     def publish(written: list[tuple[Plan, tuple[str, int, str] | None]]) -> None:
         files = {given[0]: given[1:] for _, given in written if given is not None}
         text = manifest.dumps(step, meta, _merge([part for part, _ in written]), files)
-        write_atomically(temporary / manifest.NAME, text)
-        steps.replace(temporary, final)
-        write_atomically(root / "latest", final.name + "\n")
-        for path in steps.superseded(final, keep, keep_every):
-            steps.delete(path)
+        place.publish(step, text, keep, keep_every)
 
     plan: Plan = {}
 
@@ -101,9 +93,9 @@ def save(
         together(write, publish, group)
     except BaseException:
         if is_first(group):
-            shutil.rmtree(temporary, ignore_errors=True)
+            place.discard(step)
         raise
-    return final
+    return place.address(step)
 
 
 Plan = dict[str, tuple[tuple[int, ...], set[torch.dtype], list[Any], str]]  # key: shape, dtypes, boxes, file
@@ -150,21 +142,21 @@ def load(path: AnyPath, wanted: Mapping[str, Chunks], *, verify: bool = True, gr
         warnings.warn(line, stacklevel=2)
     if found is None:
         raise ValueError(f"no checkpoint in {path}: it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}")
-    store = open_store(found)
+    store = place_of(found).open()
     together(lambda: check_wanted(found, store, wanted), lambda _: None, group)
     together(lambda: fill(store, wanted), lambda _: None, group)
     return store.meta
 
 
-def newest_good(path: AnyPath, *, verify: bool = True, group: Group = None) -> tuple[Path | None, list[str]]:
+def newest_good(path: AnyPath, *, verify: bool = True, group: Group = None) -> tuple[Address | None, list[str]]:
     """The newest checkpoint in a folder whose files are what was written, and a line for each one that is not.
 
     The step that `latest` names comes first, then those before it, then those after. A step's own folder is taken as it
     is: ValueError where it is damaged, as where all are. None where there are no steps.
     """
-    root = Path(path)
-    own = on_first(lambda: is_checkpoint(root), group)
-    candidates = [root] if own else on_first(lambda: steps.candidates(root), group)
+    place = place_of(path)
+    own = on_first(place.is_checkpoint, group)
+    candidates: list[Any] = [place.address()] if own else on_first(place.candidates, group)
     said: list[str] = []
     for candidate in candidates:
         bad = damage(candidate, verify=verify, group=group)
@@ -185,9 +177,9 @@ def damage(folder: AnyPath, *, verify: bool = True, group: Group = None) -> list
 
     def own() -> list[str]:
         try:
-            store = open_store(Path(folder))
+            store = place_of(folder).open()
         except (ValueError, OSError) as error:
-            return [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder} is damaged: ")]
+            return [str(error).removeprefix(f"{Path(folder)}: ").removeprefix(f"{folder} is damaged: ")]
         return store.damage(share(group)) if verify else []
 
     return together(own, lambda lists: list(dict.fromkeys(line for lines in lists for line in lines)), group)
@@ -232,9 +224,30 @@ def fill(store: Store, wanted: Mapping[str, Chunks]) -> None:
 
 def tensors(path: AnyPath) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{key: (global shape, dtype)} of a checkpoint, without reading its data."""
-    return {key: (stored.shape, stored.dtype) for key, stored in open_store(find(path)).tensors.items()}
+    return {key: (stored.shape, stored.dtype) for key, stored in place_of(find(path)).open().tensors.items()}
 
 
 def read_meta(path: AnyPath) -> dict[str, Any]:
     """The `meta` that was given to `save`."""
-    return open_store(find(path)).meta
+    return place_of(find(path)).open().meta
+
+
+# -- places ---------------------------------------------------------------------------------------------------------
+def place_of(path: AnyPath) -> Local | Bucket:
+    """A folder, or an address in object storage."""
+    return Bucket(Url(path)) if is_remote(path) else Local(Path(path))
+
+
+def find(path: AnyPath) -> Any:
+    """`path` if it is one step's folder, else the latest in it, unverified; ValueError if there is none."""
+    place = place_of(path)
+    found = place.address() if place.is_checkpoint() else latest(path)
+    if found is None:
+        raise ValueError(f"no checkpoint in {path}: it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}")
+    return found
+
+
+def latest(folder: AnyPath) -> Any:
+    """The folder of the last checkpoint, unverified: the one that the marker names, else the highest step; None if none."""
+    candidates: list[Any] = list(place_of(folder).candidates())
+    return next((found for found in candidates if place_of(found).is_checkpoint()), None)

@@ -27,7 +27,7 @@ from fmegatron.nn.rope import Llama3Scaling
 from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, megatron, saving
-from fmegatron.train.manifest import Store, open_store
+from fmegatron.train.manifest import Store
 from fmegatron.train.steps import step_of
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -91,12 +91,12 @@ def open_source(source: str, config: str | None = None) -> Source:
         print(line)
     if found is None:
         raise ConfigError(f"{source}: neither a run, a checkpoint, a Hugging Face folder nor a Megatron-LM checkpoint")
-    store = open_store(found)
+    store = checkpoint.place_of(found).open()
     held = {key.removeprefix("params."): partial(_read, store, key) for key in store.tensors if key.startswith("params.")}
     leaves = {path: (store.tensors[f"params.{path}"].dtype, read) for path, read in held.items()}
-    beside = found.parent.parent
-    tokenizer = beside if (beside / "tokenizer.json").is_file() else None
-    return Source(model_of(store.meta), leaves, step_of(found), tokenizer)
+    run = Path(found).parent.parent
+    tokenizer = run if (run / "tokenizer.json").is_file() else None
+    return Source(model_of(store.meta), leaves, step_of(Path(found)), tokenizer)
 
 
 def _read(store: Store, key: str) -> Tensor:

@@ -156,7 +156,7 @@ class Trainer:
             items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
         return saver.save(items, saving.steps_so_far(state), meta)
 
-    def _write(self, step: int, items: Any, meta: Any, group: Any) -> Path:
+    def _write(self, step: int, items: Any, meta: Any, group: Any) -> Any:
         c = self.config.checkpoint
         return checkpoint.save(self.checkpoints, step, items, meta, keep=c.keep, keep_every=c.keep_every, group=group)
 

@@ -17,7 +17,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import optree
@@ -54,7 +53,7 @@ def save(
     *,
     keep: int = 0,
     keep_every: int = 0,
-) -> Path:
+) -> checkpoint.Address:
     """Write a state as the checkpoint of step `step + skipped` and return its folder; every process calls this."""
     return checkpoint.save(folder, steps_so_far(state), items(model, sh, state), meta, keep=keep, keep_every=keep_every)
 
@@ -105,7 +104,7 @@ def load_params(
     return tree.map(lambda x: x.to(sh.mesh.device), params)
 
 
-def select(path: Path, wanted: dict[str, Chunks], prefix: str, strict: Strict, say: Say) -> dict[str, Chunks]:
+def select(path: checkpoint.Address, wanted: dict[str, Chunks], prefix: str, strict: Strict, say: Say) -> dict[str, Chunks]:
     """What of `wanted` the checkpoint holds; `prefix`: which of its tensors are expected to be asked for."""
     held = checkpoint.tensors(path)
     missing = [key for key in wanted if key not in held]
@@ -124,7 +123,7 @@ def select(path: Path, wanted: dict[str, Chunks], prefix: str, strict: Strict, s
     return wanted if strict in ("both", "missing") else {key: wanted[key] for key in wanted if key in held}
 
 
-def _found(path: AnyPath, verify: bool) -> Path:
+def _found(path: AnyPath, verify: bool) -> checkpoint.Address:
     """The newest good checkpoint there."""
     found, said = checkpoint.newest_good(path, verify=verify)
     for line in said:

@@ -4,12 +4,69 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from fmegatron.files import sync
-from fmegatron.train.manifest import NAME, is_checkpoint
+from torch import Tensor
+
+from fmegatron import tensorfile
+from fmegatron.files import sync, write_atomically
+from fmegatron.train.manifest import NAME, Store, is_checkpoint, open_store
 
 AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A folder of steps, or one step's folder."""
+
+    root: Path
+
+    def is_checkpoint(self) -> bool:
+        """Whether this is a step's folder."""
+        return is_checkpoint(self.root)
+
+    def candidates(self) -> list[Path]:
+        """Folders of steps, best first."""
+        return candidates(self.root)
+
+    def open(self) -> Store:
+        """The checkpoint in this folder."""
+        return open_store(self.root)
+
+    def address(self, step: int | None = None) -> Path:
+        """The folder of a step; None: this one."""
+        return self.root if step is None else step_folder(self.root, step)
+
+    def prepare(self, step: int) -> None:
+        """Clear away what was left, and make the folder to write into."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        clean(self.root)
+        self._temporary(step).mkdir()
+
+    def write(self, step: int, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+        """Write one rank's file; its bytes and sha256."""
+        file = self._temporary(step) / name
+        digest = tensorfile.write(file, tensors)
+        return file.stat().st_size, digest
+
+    def publish(self, step: int, text: str, keep: int, keep_every: int) -> None:
+        """The manifest, the step's name, the marker; then delete what is superseded."""
+        final = self.address(step)
+        write_atomically(self._temporary(step) / NAME, text)
+        replace(self._temporary(step), final)
+        write_atomically(self.root / "latest", final.name + "\n")
+        for path in superseded(final, keep, keep_every):
+            delete(path)
+
+    def discard(self, step: int) -> None:
+        """Delete a step that failed."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        final = self.address(step)
+        return final.with_name(f".tmp-{final.name}")
 
 
 def step_folder(folder: AnyPath, step: int) -> Path:
@@ -20,20 +77,6 @@ def step_folder(folder: AnyPath, step: int) -> Path:
 def step_of(path: Path) -> int:
     """The step of a folder: the inverse of `step_folder`."""
     return int(path.name.removeprefix("step-"))
-
-
-def find(path: AnyPath) -> Path:
-    """`path` if it is one step's folder, else the latest in it, unverified; ValueError if there is none."""
-    root = Path(path)
-    found = root if is_checkpoint(root) else latest(root)
-    if found is None:
-        raise ValueError(f"no checkpoint in {root}: it holds neither {NAME} nor folders step-*/{NAME}")
-    return found
-
-
-def latest(folder: AnyPath) -> Path | None:
-    """The folder of the last checkpoint, unverified: the one that the marker names, else the highest step; None if none."""
-    return next(filter(is_checkpoint, candidates(Path(folder))), None)
 
 
 def candidates(root: Path) -> list[Path]:

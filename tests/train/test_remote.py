@@ -1,0 +1,130 @@
+"""Checkpoints in a real S3 API server on this machine: what is half-written or damaged there is no checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fmegatron.train import checkpoint, remote, saver
+from fmegatron.train.checkpoint import Chunks, latest, load, newest_good, read_meta, save, whole
+from fmegatron.train.remote import Bucket, Url
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    running = moto.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    yield "http://{}:{}".format(*running.get_host_and_port())
+    running.stop()
+
+
+@pytest.fixture
+def url(server, monkeypatch, request):
+    values = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"b{abs(hash(request.node.name)) % 10**9}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    return f"s3://{bucket}/runs/one"
+
+
+def put(url, step, **options):
+    a = torch.full((64, 8), float(step))
+    halves = Chunks((64, 8), (((0, 0), a[:32]), ((32, 0), a[32:])))
+    return save(url, step, {"a": halves, "n": whole(torch.tensor(step))}, {"s": step}, **options)
+
+
+def get(url):
+    a, n = torch.zeros(64, 8), torch.tensor(0)
+    meta = load(url, {"a": whole(a), "n": whole(n)})
+    assert (a == n).all() and meta == {"s": int(n)}
+    return int(n)
+
+
+def names(url):
+    return sorted(path.partition("one/")[2] for path in Bucket(Url(url)).fs.find(url))
+
+
+def test_save_load_keep_and_a_named_step_of_another_run(url):
+    for step in (10, 20, 30, 40):
+        put(url, step, keep=2, keep_every=20)
+    files = ("manifest.json", "rank-00000.safetensors")
+    assert names(url) == ["latest", *(f"step-{n:08d}/{file}" for n in (20, 30, 40) for file in files)]
+    assert get(url) == 40 and latest(url).name == "step-00000040" and read_meta(url) == {"s": 40}
+    assert get(f"{url}/step-00000020") == 20
+    put(url, 30)  # again, from a run that was taken up at 20
+    assert get(url) == 30
+
+
+def test_the_files_are_those_of_a_folder(url, tmp_path):
+    put(url, 5)
+    put(tmp_path, 5)
+    fs = Bucket(Url(url)).fs
+    for name in ("manifest.json", "rank-00000.safetensors"):
+        assert fs.cat_file(f"{url}/step-00000005/{name}") == (tmp_path / "step-00000005" / name).read_bytes()
+
+
+def test_damage_is_named_and_the_newest_good_one_used(url):
+    fs = Bucket(Url(url)).fs
+    for step in (10, 20, 30, 40):
+        put(url, step)
+    fs.rm_file(f"{url}/step-00000040/manifest.json")  # as an upload that was cut off
+    whole_file = fs.cat_file(f"{url}/step-00000030/rank-00000.safetensors")
+    fs.pipe_file(f"{url}/step-00000030/rank-00000.safetensors", whole_file[:-7])
+    found, said = newest_good(url)
+    assert found == f"{url}/step-00000020" and "no manifest.json" in said[0] and f"has {len(whole_file) - 7} bytes" in said[1]
+    fs.pipe_file(f"{url}/step-00000020/rank-00000.safetensors", whole_file[:-1] + b"!")  # the same size
+    with pytest.raises(ValueError, match="step-00000020 is damaged: rank-00000.safetensors has other bytes"):
+        get(f"{url}/step-00000020")
+    fs.pipe_file(f"{url}/step-00000010/manifest.json", json.dumps({"format": 2}).encode())
+    with pytest.raises(ValueError, match="step-00000010 is damaged: manifest.json is damaged"):
+        get(f"{url}/step-00000010")
+
+
+def test_the_marker_comes_last_and_only_after_reading_back(url, monkeypatch):
+    put(url, 1)
+    written = []
+    plain = tensorfile_write = remote.tensorfile.write
+
+    def torn(file, tensors):
+        digest = plain(file, tensors)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")  # what arrives is not what was hashed
+        return digest
+
+    monkeypatch.setattr(remote.tensorfile, "write", torn)
+    with pytest.raises(OSError, match="is not what was written: rank-00000.safetensors has other bytes"):
+        put(url, 2)
+    monkeypatch.setattr(remote.tensorfile, "write", tensorfile_write)
+    assert get(url) == 1 and not any("00000002" in name for name in names(url))
+    fs = Bucket(Url(url)).fs  # one instance a bucket
+    pipe = fs.pipe_file
+
+    def watched(path, *args, **options):
+        written.append(Url(path).name)
+        return pipe(path, *args, **options)
+
+    monkeypatch.setattr(fs, "pipe_file", watched)
+    put(url, 3)
+    assert written == ["manifest.json", "latest"] and get(url) == 3
+
+
+def test_in_the_background(url):
+    def write(step, items, meta, group):
+        return checkpoint.save(url, step, items, meta, group=group)
+
+    with saver.Saver(write, background=True) as behind:
+        behind.save({"a": whole(torch.ones(64, 8)), "n": whole(torch.tensor(1))}, 1, {"s": 1})
+    assert get(url) == 1
+
+
+def test_no_checkpoint_and_no_bucket(url):
+    assert newest_good(f"{url}/none") == (None, [])
+    with pytest.raises(ValueError, match="no checkpoint in s3://"):
+        get(f"{url}/none")
