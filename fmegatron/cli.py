@@ -75,7 +75,7 @@ class Pipelines:
 def train(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """CONFIG.toml|quickstart: train, or go on with the run in --run.dir"""
     (name,) = _exactly(words, "CONFIG.toml|quickstart")
-    run = config.load(name, table)
+    run = _configured(name, table)
     from fmegatron.inference import text
     from fmegatron.train import loop
     loop.run(run, sample=text.sample)
@@ -91,7 +91,7 @@ def explain(words: Sequence[str], table: toml.Table, json: bool) -> None:
         show.main(json=json, **{f.name: getattr(options, f.name) for f in fields(options)})
         return
     (name,) = _exactly(words, "CONFIG.toml|quickstart")
-    run = config.load(name, table)
+    run = _configured(name, table)
     from fmegatron.train import explain
     explain.main(run, json=json)
 
@@ -204,6 +204,14 @@ def _run(words: list[str], flags: dict[str, bool]) -> int:
     sys.path.insert(0, os.getcwd())  # import paths in a configuration are seen from here, as with python -m
     function(*toml.words(rest, FLAGS), flags["--json"])
     return 0
+
+
+def _configured(name: str, table: toml.Table) -> config.RunConfig:
+    """The run in a file or shipped, or the one that a checkpoint was written by."""
+    if not (os.path.isdir(name) or "://" in name):
+        return config.load(name, table)
+    from fmegatron.train import resume
+    return resume.config_of(name, table)
 
 
 def _exactly(words: Sequence[str], *names: str) -> Sequence[str]:

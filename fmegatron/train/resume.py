@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fmegatron import config as configs
-from fmegatron.config import ConfigError
+from fmegatron import toml
+from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models.model import Model
 from fmegatron.sharding import Sharding
-from fmegatron.train import checkpoint, saving
+from fmegatron.train import checkpoint, remote, saving
 from fmegatron.train.state import TrainState
 from fmegatron.tree import Tree
 
@@ -66,3 +67,23 @@ class Resume:
                 f"{found} has a model of {name} = {old[name]}, this run's is {new[name]}: "  # type: ignore[index]
                 "use another --run.dir, or start over with --run.fresh true"
             )
+
+
+def config_of(source: str, table: toml.Table) -> RunConfig:
+    """The configuration that a checkpoint, or a run's folder, was written with; `table` (the command line) over it.
+
+    One step goes on in the folder of its run only where it is the last one: elsewhere --run.dir names a new one.
+    """
+    path = Path(source)
+    inner = path / "checkpoints"
+    found = checkpoint.find(inner if not remote.is_remote(source) and inner.is_dir() else source)
+    text = checkpoint.read_meta(found).get("config")
+    if not text:
+        raise ConfigError(f"{found} says no configuration: name a file, and --checkpoint.resume {found}")
+    run = toml.update(RunConfig(), toml.loads(text, {}), str(found))
+    run = toml.update(run, table, "command line")
+    last = checkpoint.latest(found.parent)
+    if Path(found).resolve().parent == (run.run.folder / "checkpoints").resolve() and found != last:
+        raise ConfigError(f"{found} is not the last of its run: name a new --run.dir to branch off from it")
+    own = {} if run.checkpoint.resume and "resume" in table.get("checkpoint", {}) else {"resume": str(found)}
+    return toml.update(run, {"checkpoint": own}, str(found))

@@ -148,3 +148,63 @@ def test_two_processes(tmp_path):
     mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
     back = saving.load(tmp_path / "gloo", MODEL, SINGLE, init(MODEL, TX, SINGLE))
     assert equal(whole(sh, state), whole(SINGLE, back)) == []
+
+
+# -- what is loaded, and what is missing ----------------------------------------------------------------------------
+def test_strictness_names_keys(tmp_path):
+    saving.save(tmp_path, MODEL, SINGLE, init(MODEL, TX, SINGLE, key=1), {})
+    longer = gpt(replace(CONFIG, layers=4))
+    for strict, message in (("both", "no tensor|lacks params.layers.3"), ("missing", "params.layers.3")):
+        with pytest.raises(ValueError, match=message):
+            saving.load(tmp_path, longer, SINGLE, init(longer, TX, SINGLE), strict=strict)
+    said: list[str] = []
+    fresh = init(longer, TX, SINGLE, key=5)
+    kept = tree.to_paths(fresh.params)["layers.0.attn.q"][3].clone()
+    got = saving.load(tmp_path, longer, SINGLE, fresh, strict="none", say=said.append)
+    q = tree.to_paths(got.params)["layers.0.attn.q"]
+    source = tree.to_paths(init(MODEL, TX, SINGLE, key=1).params)["layers.0.attn.q"]
+    assert torch.equal(q[:3], source) and torch.equal(q[3], kept)
+    assert len(said) == 1 and "lacks params.layers.3" in said[0] and "keep their values" in said[0] and "\n" not in said[0]
+
+    shorter, said = gpt(replace(CONFIG, layers=2)), []
+    with pytest.raises(ValueError, match="holds .*layers.2.*which this model or optimizer has not"):
+        saving.load(tmp_path, shorter, SINGLE, init(shorter, TX, SINGLE), strict="extra")
+    saving.load(tmp_path, shorter, SINGLE, init(shorter, TX, SINGLE), strict="missing", say=said.append)
+    assert len(said) == 1 and "layers.2" in said[0]
+
+
+@pytest.mark.parametrize("mesh", ["single", "all"])
+def test_parameters_only_in_an_export_dtype(mesh, tmp_path):
+    sh = MESHES[mesh]()
+    state = init(MODEL, TX, sh, key=1)
+    items = saving.params_only(saving.items(MODEL, sh, state), torch.bfloat16)
+    checkpoint.save(tmp_path, 7, items, {"holds": "params"})
+    held = checkpoint.tensors(tmp_path)
+    assert {dtype for _, dtype in held.values()} == {torch.bfloat16} and all(key.startswith("params.") for key in held)
+    back = saving.load_params(tmp_path, MODEL, SINGLE)
+    exact = tree.map(lambda x: x.bfloat16().float(), init(MODEL, TX, SINGLE, key=1).params)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(back), tree.leaves(exact), strict=True))
+
+
+HOMES = {
+    "hsdp": lambda: sharding("hsdp", dp=2, fsdp=2),
+    "zero2": lambda: sharding("zero2", dp=4),
+    "tp_sp": lambda: sharding("tp_sp", tp=2),
+    "cp": lambda: sharding("fsdp", dp=2, cp=2),
+    "zero1_tp": lambda: sharding("zero1_tp", dp=2, tp=2),
+    "threads": lambda: sharding("fsdp_tp_sp", kind=thread_mesh, dp=2, tp=2),
+}
+
+
+@pytest.mark.parametrize("source", HOMES)
+def test_every_home_to_every_other(source, tmp_path):
+    """All ordered pairs, with moments that are not zero: only files and placements take part, so no step is run."""
+    here = HOMES[source]()
+    fresh = init(MODEL, TX, here, key=1)
+    state = tree.map(lambda x: x + 1 if x.is_floating_point() else x, fresh)
+    saving.save(tmp_path, MODEL, here, state, {})
+    first = saving.load(tmp_path, MODEL, SINGLE, init(MODEL, TX, SINGLE, key=2))
+    for target in HOMES:
+        there = HOMES[target]()
+        back = saving.load(tmp_path, MODEL, there, init(MODEL, TX, there, key=2))
+        assert equal(whole(SINGLE, first), whole(there, back)) == [], target
