@@ -11,6 +11,7 @@ unless the name has the shape, then the numbers in C order. Scalars come back as
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _ndarray(name: str, arguments: str | None) -> Encoding:
         shape = (0,)
     if len(parts) > 2 or (static is not None and static not in DTYPE_CODES) or (shape is not None and min(shape) < 1):
         raise ValueError(f"encoding {name!r}: expected ndarray, ndarray:DTYPE or ndarray:DTYPE:DIM,DIM of dims from 1")
-    size = None if static is None or shape is None else int(np.prod(shape)) * np.dtype(static).itemsize
+    size = None if static is None or shape is None else math.prod(shape) * np.dtype(static).itemsize
 
     def encode(value: Any) -> bytes:
         if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPE_CODES or not value.size or not value.ndim:
@@ -146,7 +147,7 @@ def _ndarray(name: str, arguments: str | None) -> Encoding:
         if dims is None:
             dims, at = _read_shape(data, at)
         dtype = np.dtype(kind).newbyteorder("<")
-        due = at + int(np.prod(dims, dtype=np.object_)) * dtype.itemsize
+        due = at + math.prod(dims) * dtype.itemsize
         return np.frombuffer(_sized(data, due), dtype, offset=at).reshape(dims)
 
     return Encoding(name, size, encode, decode)
@@ -163,8 +164,8 @@ def _read_shape(data: bytes, at: int) -> tuple[tuple[int, ...], int]:
         raise ValueError("the value ends before its shape")
     ndim, width = data[at] >> 2, 2 ** (data[at] & 3)
     end = at + 1 + ndim * width
-    dims = np.frombuffer(_sized(data[at + 1 : end], ndim * width), f"<u{width}")
-    return tuple(int(dim) for dim in dims), end
+    _sized(data[at + 1 : end], ndim * width)
+    return tuple(int.from_bytes(data[i : i + width], "little") for i in range(at + 1, end, width)), end
 
 
 def _shown(value: Any) -> str:

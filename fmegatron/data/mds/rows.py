@@ -142,7 +142,7 @@ class StreamRows:
         share = global_batch // len(self.slots)
         self._deals = {name: Deal(order, streams.parts(name), share * self.slots.count(name)) for name in groups}
         self._share = share
-        self._step, self._asked = -1, set[int]()
+        self._step, self._looked, self._asked = -1, -(2**62), set[int]()
         self._last = -1, np.empty(0, np.int64)
 
     def row(self, number: int) -> Row:
@@ -164,13 +164,14 @@ class StreamRows:
         return np.concatenate([dealt[name][at] for name, at in zip(self.slots, turn, strict=True)])
 
     def _look_ahead(self, step: int, row: int) -> None:
-        """Once a step: fetch what the rows that this process reads, those it asked for a step before, will need."""
+        """Fetch what the rows that this process reads, those it asked for a step before, will need: a stretch at a time."""
         if step == self._step:
             self._asked.add(row)
             return
         mine = sorted(self._asked)
         self._step, self._asked = step, {row}
-        if mine:
-            steps = -(-self.predownload // len(mine)) if self.predownload is not None else 8
+        steps = -(-self.predownload // max(len(mine), 1)) if self.predownload is not None else 8
+        if mine and not 0 <= step - self._looked < max(steps // 2, 1):
+            self._looked = step
             coming = [self.ids(step + later)[mine] for later in range(steps + 1)]
             self.streams.ahead(np.concatenate(coming).tolist())

@@ -66,9 +66,9 @@ class Shard(Sequence[Sample]):
         return out if column is None else out[column]
 
     def _column_sizes(self, data: bytes, begin: int, index: int) -> list[int]:
-        heads = np.frombuffer(data, "<u4", min(self._head, len(data) // 4 * 4) // 4).tolist()
-        if len(data) != self._head + self._fixed + sum(heads) or len(heads) != self._head // 4:
-            due = self._head + self._fixed + sum(heads)
+        heads = [int.from_bytes(data[at : at + 4], "little") for at in range(0, self._head, 4)]
+        due = self._head + self._fixed + sum(heads)
+        if len(data) != due:
             raise self._damaged(begin, f"{due} bytes of sample {index} as its columns say, there are {len(data)}")
         rest = iter(heads)
         return [next(rest) if size is None else size for size in self._sizes]
