@@ -36,14 +36,17 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Data:
-    """Options of `data inspect | verify | merge`."""
+    """Options of `data inspect | verify | merge | convert`."""
 
     tokenizer: str | None = option(None, "that made the files; shows text, and checks that all ids are in it")
     tokens: int = option(400, "inspect: tokens of the sample shown", at_least=1)
     seed: int = option(0, "inspect: chooses where the sample lies", at_least=0)
     picture: str | None = option(None, "inspect: where the lengths are drawn; none: NAME.lengths.png")
     record: bool = option(False, "verify: write the hashes to PREFIX.sha256")
-    output: str = option("data", "merge: prefix of the written .bin and .idx")
+    output: str = option("data", "merge, convert: prefix of the written .bin and .idx, or folder of shards")
+    to: Literal["mds", "bin"] = option("mds", "convert: MDS shards from a PREFIX, or bin (and idx) from a folder of them")
+    compression: str | None = option(None, "convert: of shards, such as zstd or gz:3")
+    hashes: tuple[str, ...] = option((), "convert: of shards, such as sha1 or xxh64")
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,17 @@ def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 def data(words: Sequence[str], table: toml.Table, json: bool) -> None:
-    """inspect PREFIX | verify PREFIX | merge PREFIX ...: token files looked at, checked, put together"""
+    """inspect PREFIX | verify PREFIX | merge PREFIX ... | convert PREFIX|FOLDER: token files"""
     options = toml.update(Data(), table, "command line")
-    if len(words) < 2 or words[0] not in ("inspect", "verify", "merge") or (len(words) > 2 and words[0] != "merge"):
-        raise ConfigError(f"command line: expected inspect|verify|merge PREFIX, got {' '.join(words) or 'nothing'}")
+    if len(words) < 2 or words[0] not in ("inspect", "verify", "merge", "convert") or (len(words) > 2 and words[0] != "merge"):
+        raise ConfigError(f"command line: expected inspect|verify|merge|convert PREFIX, got {' '.join(words) or 'nothing'}")
     from fmegatron.data import commands
     if words[0] == "inspect":
         commands.inspect(words[1], options.tokenizer, options.tokens, options.seed, options.picture)
     elif words[0] == "verify":
         commands.check(words[1], options.tokenizer, options.record)
+    elif words[0] == "convert":
+        commands.convert(words[1], options.to, options.output, options.compression, options.hashes)
     else:
         commands.merge(words[1:], options.output)
 

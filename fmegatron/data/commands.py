@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fmegatron.data import inspect as look
-from fmegatron.data import tokenizers, verify
+from fmegatron.data import mds, tokenizers, verify
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter
 from fmegatron.data.prepare import Counts, tokenize
 from fmegatron.data.prepare import Progress as Told
@@ -73,10 +73,22 @@ def inspect(prefix: str, tokenizer: str | None, tokens: int, seed: int, picture:
 
 def check(prefix: str, tokenizer: str | None, record: bool) -> None:
     """Index, ids and hashes of a pair of files; with `record` the hashes are written down."""
+    if (Path(prefix) / mds.INDEX).is_file():
+        print(mds.verify(prefix))
+        return
     size = tokenizers.load(tokenizer).vocab_size if tokenizer else None
     print("\n".join(verify.verify(prefix, size)))
     if record:
         verify.record(prefix)
+
+
+def convert(source: str, to: str, output: str, compression: str | None, hashes: Sequence[str]) -> None:
+    """Token files to MDS shards, or back; a document is a sample."""
+    if to == "mds":
+        count = mds.to_mds(source, output, compression=compression, hashes=hashes)
+    else:
+        count = mds.to_indexed(source, output)
+    print(f"{output}: {count} documents")
 
 
 def merge(prefixes: Sequence[str], output: str) -> None:

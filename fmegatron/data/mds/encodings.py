@@ -135,7 +135,8 @@ def _ndarray(name: str, arguments: str | None) -> Encoding:
         if (static or value.dtype.name) != value.dtype.name or (shape or value.shape) != value.shape:
             raise ValueError(f"expected {name}, got {_shown(value)}")
         head = b"" if static else bytes([DTYPE_CODES[value.dtype.name]])
-        return head + (b"" if shape else _shape_bytes(value)) + value.astype(value.dtype.newbyteorder("<")).tobytes()
+        numbers = value.astype(value.dtype.newbyteorder("<"), copy=False)
+        return head + (b"" if shape else _shape_bytes(value)) + numbers.tobytes()
 
     def decode(data: bytes) -> Array:
         kind, at, dims = static, 0, shape
