@@ -144,13 +144,14 @@ class Mesh:
     cp: int = option(1, "sequence", at_least=1)
     tp: int = option(1, "heads, mlp, vocabulary", at_least=1)
     ep: int = option(1, "experts", at_least=1)
+    pp: int = option(1, "pipeline stages, see pipeline", at_least=1)
     virtual: bool = option(False, "all ranks in this process, by vmap")
     threads: bool = option(False, "with virtual: a thread for each rank, over the calls of a real mesh")
 
     @property
     def sizes(self) -> dict[str, int]:
         """{axis: size}, outer to inner; axes of size 1 too."""
-        return {axis: getattr(self, axis) for axis in ("dp", "fsdp", "cp", "tp", "ep")}
+        return {axis: getattr(self, axis) for axis in ("pp", "dp", "fsdp", "cp", "tp", "ep")}
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,20 @@ class Sharding:
 
     rules: str | dict[str, Any] = option("fsdp_tp_sp", "a name in fmegatron.RULES, or a table of its lists")
     reduce: Literal["step", "microbatch"] | None = option(None, "when gradients are reduced; none: as the rules say")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How stages are scheduled where mesh.pp > 1; training.microbatches are the schedule's."""
+
+    schedule: str = option("1f1b", "see fmegatron.train.pipeline.schedules; or a .csv in TorchTitan's format")
+    virtual: int = option(1, "stages on each rank", at_least=1)
+    layout: str | None = option(None, "layers of each stage as Et*3|t*4|t*3L; none: as many on each")
+    first: int | None = option(None, "layers of the first stage, where it has another number", at_least=0)
+    last: int | None = option(None, "layers of the last stage", at_least=0)
+    count_embedding: bool = option(False, "the embedding counts as a layer of the first stage")
+    count_loss: bool = option(False, "the loss counts as a layer of the last stage")
+    remat_microbatches: int | None = option(None, "microbatches to which training.remat applies; none: all", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -207,6 +222,7 @@ class RunConfig:
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     sharding: Sharding = Sharding()
+    pipeline: Pipeline = Pipeline()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()

@@ -19,31 +19,9 @@ from fmegatron.toml import option
 
 
 @dataclass(frozen=True)
-class Mesh(configs.Mesh):
-    """Sizes of the mesh's axes; the mesh need not exist."""
-
-    pp: int = option(1, "pipeline stages", at_least=1)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """{axis: size}, outer to inner; axes of size 1 too."""
-        return {"pp": self.pp} | super().sizes
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """The pipeline's schedule."""
-
-    schedule: str = option("1f1b", "a name in fmegatron.train.pipeline.schedules")
-    virtual: int = option(1, "parts of the model on each rank", at_least=1)
-
-
-@dataclass(frozen=True)
 class PlanConfig(RunConfig):
     """A training run that is planned."""
 
-    mesh: Mesh = Mesh()
-    pipeline: Pipeline = Pipeline()
     hardware: str = option("h100", "h100, h200, a100, b200 or cpu")
     gpus: int | None = option(None, "devices there are; the mesh fills them, mesh.dp = -1 with what is left", at_least=1)
     search: int | None = option(None, "list the best legal meshes of this many devices", at_least=1)

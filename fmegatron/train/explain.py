@@ -198,6 +198,8 @@ def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str,
 def main(config: RunConfig, json: bool = False) -> None:
     """`fmegatron explain`: print the explanation of a run's step. The mesh may be larger than this machine."""
     sizes = {axis: n for axis, n in config.mesh.sizes.items() if n != 1}
+    if "pp" in sizes:
+        raise configs.ConfigError(f"mesh.pp = {sizes['pp']}: explain is for one stage; see plan, or explain --pipeline")
     if -1 in sizes.values():
         others = math.prod(n for n in sizes.values() if n != -1)
         sizes["dp"] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)

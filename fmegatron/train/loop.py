@@ -228,7 +228,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
     schedule = setup.schedule_of(c)
     tx = setup.optimizer_of(c, model, schedule)
     t = c.training
-    dtype, compiled = setup.dtype_of(c), setup.compiles(c, say)
+    dtype, compiled, pipeline = setup.dtype_of(c), setup.compiles(c, say), setup.pipeline_of(c, model)
     step = make_step(
         model,
         tx,
@@ -239,6 +239,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         dtype=dtype,
         prefetch=t.prefetch,
         **setup.data_axes_of(c),
+        pipeline=pipeline,
         donate=t.donate and mesh.kind != "virtual",
     )
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
@@ -259,7 +260,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
         plain=plain,
         step=step,
         compiled=compiled,
-        evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch),
+        evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch, pipeline=pipeline),
         check=make_check(model, sh),
         schedule=schedule,
     )

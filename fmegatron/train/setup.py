@@ -28,6 +28,9 @@ from fmegatron.nn import losses, param
 from fmegatron.optim import Transform
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.train.flops import train_step_flops
+from fmegatron.train.pipeline.layout import parse_layout, split_layers
+from fmegatron.train.pipeline.schedules import make_schedule
+from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.source import Source
 from fmegatron.transforms import why_not_compile
 from fmegatron.tree import Tree
@@ -40,6 +43,8 @@ Schedule = Callable[[Tensor], Tensor]
 def mesh_of(c: configs.Mesh) -> Mesh:
     """The mesh of a run: under torchrun over its processes, else one device; or virtual."""
     sizes: dict[str, Any] = {axis: size for axis, size in c.sizes.items() if size != 1}
+    if c.virtual and sizes.pop("pp", 1) > 1 and not sizes:
+        return make_mesh()  # one device runs all stages
     if not c.virtual:
         return make_mesh(**sizes)
     if -1 in sizes.values():
@@ -157,6 +162,26 @@ def flops_of(model: Model, seq: int, batch: int) -> float:
     gated = c.block_mlp.gated if hasattr(c.block_mlp, "gated") else "glu" in c.activation
     sizes = {"layers": c.layers, "embed": c.embed, "heads": c.heads, "kv": c.kv or c.heads, "hd": c.head_dim, "mlp": c.mlp}
     return train_step_flops(**sizes, gated=gated, vocab=c.vocab, seq=seq, batch=batch)
+
+
+def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:
+    """The run's pipeline, None on a mesh without stages. Raises ConfigError."""
+    p, ranks = c.pipeline, c.mesh.pp
+    if ranks == 1:
+        return None
+    if not c.mesh.virtual:
+        raise ConfigError(f"mesh.pp = {ranks}: a run's stages share one process, set mesh.virtual (make_step takes processes)")
+    layers = sum(node.layer is not None for node in model.chain)
+    try:
+        schedule = make_schedule(p.schedule, ranks, p.virtual, c.training.microbatches)
+        if p.layout is not None:
+            layout = parse_layout(p.layout).check(layers, schedule.stages)
+        else:
+            counts = {"count_embedding": p.count_embedding, "count_loss": p.count_loss}
+            layout = split_layers(layers, schedule.stages, first=p.first, last=p.last, **counts)
+    except ValueError as error:
+        raise ConfigError(f"pipeline: {error}") from None
+    return Pipeline(schedule, layout, p.remat_microbatches)
 
 
 # -- optimizer ------------------------------------------------------------------------------------------------------

@@ -50,6 +50,23 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
     return [record[name] for record in records]
 
 
+def test_a_pipeline_changes_nothing_and_its_checkpoints_know_none(corpus, tmp_path, capsys):
+    plain, staged = tmp_path / "plain", tmp_path / "staged"
+    batch = ("--training.microbatches", "4", "--training.steps")
+    assert cli.main(words(corpus, plain, *batch, "4")) == 0
+    stages = "--mesh.pp 2 --mesh.virtual true --pipeline.schedule".split()
+    assert cli.main(words(corpus, staged, *batch, "2", *stages, "zb_h1", "--pipeline.layout", "Et|tL")) == 0
+    assert cli.main(words(corpus, staged, *batch, "3", *stages, "1f1b", "--mesh.dp", "2", "--training.remat", "full")) == 0
+    assert cli.main(words(corpus, staged, *batch, "4")) == 0
+    assert losses(staged) == pytest.approx(losses(plain), rel=1e-5)
+    capsys.readouterr()
+    assert cli.main(words(corpus, tmp_path / "no", *batch, "4", *stages, "zbv")) == 2
+    assert capsys.readouterr().err == "fmegatron: pipeline: zbv has two stages a rank, not 1: use virtual 2\n"
+    assert cli.main(words(corpus, tmp_path / "no", *batch, "4", *stages, "zbv", "--pipeline.virtual", "2")) == 2
+    said = "pipeline: 2 layers: 2 do not divide over 4 of 4 stages: use 4 layers, or a layout such as Et|t||L"
+    assert capsys.readouterr().err == f"fmegatron: {said}\n"
+
+
 def test_resume_is_bitwise_and_fresh_starts_over(corpus, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(words(corpus, whole)) == 0
