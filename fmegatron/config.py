@@ -142,6 +142,7 @@ class Mesh:
     dp: int = option(1, "batch, and storage where the rules say so; -1: every process that is left", at_least=-1)
     fsdp: int = option(1, "second data axis: storage under hsdp", at_least=1)
     cp: int = option(1, "sequence", at_least=1)
+    cpa: int = option(1, "sequence, inside cp: where heads are exchanged in hierarchical attention", at_least=1)
     tp: int = option(1, "heads, mlp, vocabulary", at_least=1)
     ep: int = option(1, "experts", at_least=1)
     pp: int = option(1, "pipeline stages, see pipeline", at_least=1)
@@ -151,7 +152,7 @@ class Mesh:
     @property
     def sizes(self) -> dict[str, int]:
         """{axis: size}, outer to inner; axes of size 1 too."""
-        return {axis: getattr(self, axis) for axis in ("pp", "dp", "fsdp", "cp", "tp", "ep")}
+        return {axis: getattr(self, axis) for axis in ("pp", "dp", "fsdp", "cp", "cpa", "tp", "ep")}
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class Sharding:
 
     rules: str | dict[str, Any] = option("fsdp_tp_sp", "a name in fmegatron.RULES, or a table of its lists")
     reduce: Literal["step", "microbatch"] | None = option(None, "when gradients are reduced; none: as the rules say")
+    context: Literal["gather", "ring", "ulysses", "hierarchical"] | None = option(None, "attention over cp; none: the rules'")
+    zigzag: bool | None = option(None, "a rank of cp holds a piece of the head of the sequence and of its tail; none: as rules")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class Sharding:
             )
         if self.layout is NO_LAYOUT:
             object.__setattr__(self, "layout", Layout(self.mesh, self.rules, self.sizes, self.activations))
+            for rules in (self.rules, *(self.rules.of_layer(i) for i in dict(self.rules.layers))):
+                if rules.attention and "q_heads" in self.sizes and self.activations == "compute":
+                    place(("q_heads",), rules.lines("compute"), self.mesh.sizes, self.sizes, "attention")
 
     # -- values of it -----------------------------------------------------------------------------------------------
     def bind(self, sizes: Mapping[str, int | Size]) -> Sharding:

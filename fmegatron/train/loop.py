@@ -223,6 +223,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
     folder = c.run.folder
     sh = Sharding(mesh, setup.rules_of(c.sharding))
     setup.check_batch(c, shards_of(sh))
+    setup.check_sequence(c, sh)
     source = setup.on_first(mesh, lambda: source_of(c, say))
     model, params = setup.model_of(c, source, sh)
     schedule = setup.schedule_of(c)

@@ -27,6 +27,7 @@ from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses, param
 from fmegatron.optim import Transform
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
+from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import train_step_flops
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
 from fmegatron.train.pipeline.schedules import make_schedule
@@ -87,11 +88,13 @@ def rules_of(c: configs.Sharding) -> Rules:
             raise ConfigError(f"sharding.rules = {c.rules}: no such rules, known are {', '.join(RULES)}")
         rules = RULES[c.rules]
     else:
-        lists = {"compute", "storage", "optimizer", "decode", "reduce"}
+        lists = {"compute", "storage", "optimizer", "decode", "reduce", "attention", "layers", "zigzag"}
         if unknown := sorted(c.rules.keys() - lists):
             raise ConfigError(f"sharding.rules has no list {unknown[0]}, they are {', '.join(sorted(lists))}")
         rules = Rules(**c.rules)
-    return rules if c.reduce is None else replace(rules, reduce=c.reduce)
+    zigzag = None if c.zigzag is None else ("cp",) if c.zigzag else ()
+    said = {"reduce": c.reduce, "attention": c.context, "zigzag": zigzag}
+    return replace(rules, **{key: value for key, value in said.items() if value is not None})
 
 
 def on_first(mesh: Mesh, fn: Callable[[], Any]) -> Any:
@@ -240,6 +243,14 @@ def check_batch(c: RunConfig, shards: int) -> None:
             f"training.global_batch = {t.global_batch} does not divide over {shards} data-parallel ranks and "
             f"{t.microbatches} microbatches: use {' or '.join(map(str, near))}"
         )
+
+
+def check_sequence(c: RunConfig, sh: Sharding) -> None:
+    """ValueError where the sequence does not divide over its ranks, or into the chunks of a zigzag."""
+    check_length(c.data.seq, sh.zigzag)
+    bound = sh.bind({"seq": c.data.seq, "loss_seq": c.data.seq})
+    for names in ("batch seq", "batch loss_seq"):
+        bound.placement(names, leaf="data.seq")
 
 
 def dtype_of(c: RunConfig) -> torch.dtype | None:

@@ -46,7 +46,7 @@ def main(cases):
     for case in cases:
         rules, *words = case.split()
         given = {k: int(v) if v.isdigit() else v for k, v in (word.split("=") for word in words)}
-        sizes = {k: given.pop(k) for k in ("dp", "fsdp", "cp", "tp") if k in given}
+        sizes = {k: given.pop(k) for k in ("dp", "fsdp", "cp", "cpa", "tp") if k in given}
         layers = given.pop("layers", 2)
         model = gpt(Config(layers=layers, embed=16, heads=4, kv=2, mlp=12, vocab=21, vocab_pad=8, qk_norm="norm", z_loss=1e-3,
                            label_smoothing=0.1, loss_chunks=2))  # fmt: skip
