@@ -62,30 +62,23 @@ def save(
     name = f"rank-{share(group).start or 0:05d}.safetensors"
 
     def prepare(plans: list[Plan]) -> None:
-        stored = _merge(plans)
+        stored = merge(plans)
         manifest.dumps(step, meta, stored, {})  # meta that is no JSON is found before anything is written
         place.prepare(step)
 
     def write() -> tuple[Plan, tuple[str, int, str] | None]:
-        own = {
-            box_name(key, tuple(chunks.shape), box): piece
-            for key, chunks in items.items()
-            for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)
-            if piece.numel()
-        }
-        if not own:
-            return plan, None
-        return plan, (name, *place.write(step, name, own))
+        own = own_tensors(items)
+        return plan, ((name, *place.write(step, name, own)) if own else None)
 
     def publish(written: list[tuple[Plan, tuple[str, int, str] | None]]) -> None:
         files = {given[0]: given[1:] for _, given in written if given is not None}
-        text = manifest.dumps(step, meta, _merge([part for part, _ in written]), files)
+        text = manifest.dumps(step, meta, merge([part for part, _ in written]), files)
         place.publish(step, text, keep, keep_every)
 
     plan: Plan = {}
 
     def plan_own() -> Plan:
-        plan.update(_plan(items, name))
+        plan.update(plan_of(items, name))
         return plan
 
     together(plan_own, prepare, group)
@@ -101,8 +94,18 @@ def save(
 Plan = dict[str, tuple[tuple[int, ...], set[torch.dtype], list[Any], str]]  # key: shape, dtypes, boxes, file
 
 
-def _plan(items: Mapping[str, Chunks], name: str) -> Plan:
-    """What this rank writes."""
+def own_tensors(items: Mapping[str, Chunks]) -> dict[str, torch.Tensor]:
+    """What this rank's file holds: each piece by its name in the file."""
+    return {
+        box_name(key, tuple(chunks.shape), box): piece
+        for key, chunks in items.items()
+        for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)
+        if piece.numel()
+    }
+
+
+def plan_of(items: Mapping[str, Chunks], name: str) -> Plan:
+    """What this rank writes: shapes, dtypes and boxes, and its file's name."""
     return {
         key: (
             tuple(chunks.shape),
@@ -114,7 +117,7 @@ def _plan(items: Mapping[str, Chunks], name: str) -> Plan:
     }
 
 
-def _merge(plans: list[Plan]) -> dict[str, tuple[Stored, list[str]]]:
+def merge(plans: list[Plan]) -> dict[str, tuple[Stored, list[str]]]:
     """What all ranks write together; ValueError unless their boxes tile every tensor."""
     merged = {}
     for key in dict.fromkeys(key for plan in plans for key in plan):
