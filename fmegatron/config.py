@@ -64,7 +64,7 @@ class Data:
     document_mask: bool = option(True, "attention stays inside a document")
     reset_positions: bool = option(True, "positions start anew in each document")
     cache: str | None = option(None, "folder of tokenized text and indices; none: cache/ beside the run's")
-    sft: str | None = option(None, "JSONL of conversations to fine-tune on, in place of source; valid is another")
+    sft: str | None = option(None, "JSONL of conversations, or your.module:function, in place of source; valid: another")
     chat: str | None = option(None, "template: chatml, llama3, plain, a Jinja file or folder; none: the tokenizer's")
     pack: bool = option(True, "several conversations a row, as many as fit; else one")
     long: Literal["error", "truncate", "drop"] = option("error", "of a conversation longer than seq")

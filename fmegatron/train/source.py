@@ -96,7 +96,12 @@ def _conversations(c: RunConfig) -> data.Conversations:
         raise ConfigError("data.sft: name the data.tokenizer (a Hugging Face folder, tokenizer.json, byte), or a model.hf")
     assert d.sft is not None
     cache = d.cache or c.run.folder.parent / "cache"
-    return data.Conversations(d.sft, tokenizer, d.chat or tokenizer, cache, d.valid, d.pack, d.long)
+    said: Any = d.sft
+    if ":" in said and not Path(said).exists():
+        said = configs.imported(said)(**d.arguments)
+        if not (hasattr(said, "__getitem__") and hasattr(said, "__len__")):
+            raise ConfigError(f"data.sft = {d.sft}: returned {type(said).__name__}, not a sequence of conversations")
+    return data.Conversations(said, tokenizer, d.chat or tokenizer, cache, d.valid, d.pack, d.long)
 
 
 def _streams(c: RunConfig) -> mds.StreamCorpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,31 @@ def test_a_skipped_sample_is_not_seen_and_a_resumed_run_is_the_same(folder, tmp_
     assert parts[0] == whole[0] and parts[1] != whole[1] and len(parts) == 4
     assert cli.main(words(folder, tmp_path / "at_once", *skip)) == 0
     assert records(tmp_path / "at_once", "loss") == parts
+
+
+class Table:
+    """A data set as Hugging Face's are: a length, and rows by number."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int):
+        return json.loads(self.lines[index])
+
+
+def table(file: str) -> Table:
+    return Table(Path(file).read_text().splitlines())
+
+
+def test_a_sequence_of_mappings_is_as_good_as_a_file(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    more = ["--data.sft", "mine:table", "--data.arguments.file", str(folder / "train.jsonl"), "--training.steps", "2"]
+    assert cli.main(words(folder, tmp_path / "one", "--training.steps", "2")) == 0
+    assert cli.main(words(folder, tmp_path / "other", *more)) == 0
+    assert records(tmp_path / "other", "loss") == records(tmp_path / "one", "loss")
 
 
 def test_mistakes(folder, tmp_path, capsys):
