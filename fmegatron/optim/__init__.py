@@ -18,6 +18,7 @@ from fmegatron.optim.adam import (
     scale_by_adam,
 )
 from fmegatron.optim.base import LOCAL, Known, Over, Transform, apply_updates, chain
+from fmegatron.optim.batch_size import BatchSizes, rampup, stepwise
 from fmegatron.optim.clip import clip_by_global_norm, clip_by_value
 from fmegatron.optim.decay import add_decayed_weights
 from fmegatron.optim.fuse import FusedStep, fuse
@@ -26,15 +27,15 @@ from fmegatron.optim.lion import lion, scale_by_lion
 from fmegatron.optim.momenta import fourth_root, scale_by_adopt, scale_by_momenta
 from fmegatron.optim.muon import muon, newton_schulz, orthogonalize, qk_clip, scale_by_mean
 from fmegatron.optim.rate import scale_by_learning_rate
-from fmegatron.optim.schedules import Rate, constant, cosine, inverse_sqrt, linear, wsd
+from fmegatron.optim.schedules import Rate, by_samples, constant, cosine, increment, inverse_sqrt, linear, wsd
 from fmegatron.optim.sgd import scale_by_momentum, sgd
 from fmegatron.optim.switch import Switch, scaled
 
 __all__ = [
-    "LOCAL", "FusedStep", "Known", "Over", "Rate", "Switch", "Transform", "adafactor", "adam", "adamw", "add_decayed_weights",
-    "adopt", "aggmo_adamw", "aggmo_adopt", "apply_updates", "chain", "clip_by_global_norm", "clip_by_value", "constant",
-    "cosine", "decoupled_adamw", "fourth_root", "freeze", "fuse", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon",
-    "newton_schulz", "orthogonalize", "qhadamw", "qhadopt", "qk_clip", "scale_by_adam", "scale_by_adopt",
-    "scale_by_learning_rate", "scale_by_lion", "scale_by_mean", "scale_by_momenta", "scale_by_momentum", "scaled", "sgd",
-    "wsd",
+    "LOCAL", "BatchSizes", "FusedStep", "Known", "Over", "Rate", "Switch", "Transform", "adafactor", "adam", "adamw",
+    "add_decayed_weights", "adopt", "aggmo_adamw", "aggmo_adopt", "apply_updates", "by_samples", "chain",
+    "clip_by_global_norm", "clip_by_value", "constant", "cosine", "decoupled_adamw", "fourth_root", "freeze", "fuse",
+    "increment", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon", "newton_schulz", "orthogonalize", "qhadamw",
+    "qhadopt", "qk_clip", "rampup", "scale_by_adam", "scale_by_adopt", "scale_by_learning_rate", "scale_by_lion",
+    "scale_by_mean", "scale_by_momenta", "scale_by_momentum", "scaled", "sgd", "stepwise", "wsd",
 ]

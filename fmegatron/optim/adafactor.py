@@ -2,7 +2,7 @@
 
     R = mean of g^2 over columns,  C = over rows       kept as running means, weight of the new w = t^decay
     u = g / sqrt(R C / mean(R))                        vectors: g / sqrt(nu)
-    u = u / max(1, rms(u) / clip)                      p = p - max(eps2, rms(p)) min(rate, 1/sqrt(t)) u - rate weight_decay p
+    u = u / max(1, rms(u) / clip_rms)                      p = p - max(eps, rms(p)) min(rate, 1/sqrt(t)) u - rate weight_decay p
 
 As torch.optim.Adafactor, each layer's matrix by itself. State: {"count", "rows", "cols", "nu"}: rows and cols have size 1 in
 the dims that they are means over, nu is of leaves that are not matrices.
@@ -27,20 +27,20 @@ from fmegatron.optim.schedules import schedule
 
 
 def adafactor(
-    learning_rate: Moving = 1e-2, decay: float = -0.8, eps: tuple[float | None, float] = (None, 1e-3), clip: float = 1.0,
-    weight_decay: Moving = 0.0, declare: Tree = None, mask: Mask = None,
+    learning_rate: Moving = 1e-2, decay: float = -0.8, floor: float | None = None, eps: float = 1e-3,
+    clip_rms: float = 1.0, weight_decay: Moving = 0.0, declare: Tree = None, mask: Mask = None,
 ) -> Transform:
-    """Adafactor (Shazeer and Stern 2018). eps: (floor of the moments, None: the dtype's; floor of a parameter's rms).
+    """Adafactor (Shazeer and Stern 2018). floor: of the moments' mean; None: the dtype's eps. eps: of a parameter's rms.
 
     declare: the model's declarations, which say which dims are rows; None: the first after the layers.
     """
     rate, wanted = schedule(learning_rate), schedule(weight_decay)
     step = scale_by_learning_rate(lambda count: torch.minimum(rate(count), (count + 1).double().rsqrt()))
-    return chain(scale_by_factored(decay, eps, clip, declare), step,
+    return chain(scale_by_factored(decay, floor, eps, clip_rms, declare), step,
                  add_decayed_weights(lambda count: -rate(count) * wanted(count), mask))
 
 
-def scale_by_factored(decay: float, eps: tuple[float | None, float], clip: float, declare: Tree = None) -> Transform:
+def scale_by_factored(decay: float, floor: float | None, eps: float, clip_rms: float, declare: Tree = None) -> Transform:
     """The update without its rate."""
 
     def views_of(params: Tree) -> dict[str, Matrix | None]:
@@ -70,7 +70,7 @@ def scale_by_factored(decay: float, eps: tuple[float | None, float], clip: float
         w = (state["count"] + 1).double() ** decay
         paths = tree.to_paths(params)
         g = {path: x.to(paths[path].dtype) for path, x in tree.to_paths(grads).items()}
-        floor = {path: torch.finfo(x.dtype).eps if eps[0] is None else eps[0] for path, x in g.items()}
+        least = {path: torch.finfo(x.dtype).eps if floor is None else floor for path, x in g.items()}
         matrices = {path: view for path, view in views.items() if view is not None}
         rows_of = {path: inputs(view) for path, view in matrices.items()}
         cols_of = {path: outputs(view, g[path].dim()) for path, view in matrices.items()}
@@ -86,15 +86,15 @@ def scale_by_factored(decay: float, eps: tuple[float | None, float], clip: float
         cols = toward("cols", mean({path: squares[path] for path in matrices}, rows_of))
         nu = toward("nu", squares)
         scale = mean(rows, rows_of)
-        moment = nu | {path: rows[path] * cols[path] / scale[path].clamp(min=floor[path]) for path in matrices}
-        u = {path: x * moment[path].clamp(min=floor[path] ** 2).rsqrt() for path, x in g.items()}
+        moment = nu | {path: rows[path] * cols[path] / scale[path].clamp(min=least[path]) for path in matrices}
+        u = {path: x * moment[path].clamp(min=least[path] ** 2).rsqrt() for path, x in g.items()}
 
         def rms(values: dict[str, Tensor]) -> dict[str, Tensor]:
             every = {path: tuple(range(views_batch(path, views[path]), x.dim())) for path, x in values.items()}
             return {path: x.sqrt() for path, x in mean({path: x * x for path, x in values.items()}, every).items()}
 
         size, length = rms(paths), rms(u)
-        u = {path: x * size[path].clamp(min=eps[1]) / (length[path] / clip).clamp(min=1) for path, x in u.items()}
+        u = {path: x * size[path].clamp(min=eps) / (length[path] / clip_rms).clamp(min=1) for path, x in u.items()}
 
         new = {"rows": tree.from_paths(rows), "cols": tree.from_paths(cols), "nu": tree.from_paths(nu)}
         return tree.map_with_path(lambda path, _: u[path], params), {"count": state["count"] + 1} | new

@@ -112,3 +112,25 @@ def _warmed(peak: float | Tensor, warmup: int, init: float, after: Callable[[Ten
         return torch.where(t <= warmup, init + (peak - init) * (t / warmup), after(t)) if warmup else after(t)
 
     return Rate(peak, rate)
+
+
+def increment(start: float, end: float, *, steps: int, shape: str = "constant") -> Rate:
+    """Megatron-LM's weight decay: from start to end over `steps`, then end, with r = t / steps by shape:
+    constant (start must be end), linear r, cosine (1 + cos(pi (1 - r))) / 2."""
+    if shape not in ("constant", "linear", "cosine"):
+        raise ValueError(f"increment shape {shape!r}: must be one of constant, linear, cosine")
+    if shape == "constant" and start != end:
+        raise ValueError(f"a constant value cannot go from {start} to {end}: use shape linear or cosine")
+
+    def value(count: Tensor) -> Tensor:
+        r = (count.double() / max(steps, 1)).clamp(max=1)
+        c = 0.5 * (torch.cos(math.pi * (1 - r)) + 1) if shape == "cosine" else r
+        return start + c * (end - start)
+
+    return Rate(end, value)
+
+
+def by_samples(rate: Schedule, samples: Schedule | int) -> Rate:
+    """A schedule of samples as one of updates. samples: in each batch, or {count of updates -> samples before it}."""
+    consumed = samples if callable(samples) else lambda count: count * samples
+    return Rate(rate.peak if isinstance(rate, Rate) else math.nan, lambda count: rate(consumed(count)))

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmegatron import config as configs
-from fmegatron import models, optim
+from fmegatron import models
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import tokenizers
 from fmegatron.models import Model
 from fmegatron.models.model import Node, Values
-from fmegatron.nn import losses, param
-from fmegatron.optim import Transform
+from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import train_step_flops
+from fmegatron.train.optimizers import Schedule as Schedule
+from fmegatron.train.optimizers import optimizer_of as optimizer_of
+from fmegatron.train.optimizers import resumed as resumed
+from fmegatron.train.optimizers import schedule_of as schedule_of
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
@@ -37,7 +39,6 @@ from fmegatron.transforms import why_not_compile
 from fmegatron.tree import Tree
 
 Say = Callable[[str], None]
-Schedule = Callable[[Tensor], Tensor]
 
 
 # -- mesh and rules -------------------------------------------------------------------------------------------------
@@ -185,41 +186,6 @@ def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:
     except ValueError as error:
         raise ConfigError(f"pipeline: {error}") from None
     return Pipeline(schedule, layout, p.remat_microbatches)
-
-
-# -- optimizer ------------------------------------------------------------------------------------------------------
-def schedule_of(c: RunConfig) -> Schedule:
-    """The learning rate by number of applied updates. A run too short for warmup and decay sees their beginning."""
-    o, steps = c.optimizer, c.training.steps
-    shape: dict[str, Any] = {"warmup": o.warmup, "min": o.min_lr}
-    if o.schedule == "constant":
-        return optim.constant(o.lr, warmup=o.warmup)
-    if o.schedule == "inverse_sqrt":
-        return optim.inverse_sqrt(o.lr, **shape)
-    if o.schedule == "wsd":
-        decay = max(steps - o.warmup, 1) if o.decay_steps is None else max(o.decay_steps, 1)
-        return optim.wsd(o.lr, steps=max(steps, o.warmup + decay), decay=decay, shape=o.decay_shape, **shape)
-    end = max(steps, o.warmup) if o.decay_steps is None else o.warmup + o.decay_steps
-    return {"linear": optim.linear, "cosine": optim.cosine}[o.schedule](o.lr, steps=end, **shape)
-
-
-def optimizer_of(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
-    """The rule of the update: clipping, then the optimizer."""
-    o = c.optimizer
-    mask = param.decay_mask(model.declare)
-    builders: dict[str, Callable[..., Transform]] = {
-        "adamw": partial(optim.adamw, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, mask=mask),
-        "sgd": partial(optim.sgd, momentum=o.momentum),
-    }
-    if o.name not in builders and ":" not in o.name:
-        raise ConfigError(f"optimizer.name = {o.name}: known are {', '.join(builders)}, or your.module:function")
-    build = builders[o.name] if o.name in builders else configs.imported(o.name)
-    try:
-        tx = build(schedule, **o.arguments)
-    except TypeError as error:
-        raise ConfigError(f"optimizer.arguments: {error}") from None
-    clip = c.training.clip_norm
-    return tx if clip is None else optim.chain(optim.clip_by_global_norm(clip), tx)
 
 
 # -- how it runs ----------------------------------------------------------------------------------------------------

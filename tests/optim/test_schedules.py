@@ -99,3 +99,41 @@ def test_mapped_over_peaks():
 def test_errors_name_the_numbers(build, word):
     with pytest.raises(ValueError, match=word):
         build()
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_increments_are_megatrons(shape):
+    start, end, steps = (0.1, 0.1, 20) if shape == "constant" else (0.01, 0.1, 20)
+    value = optim.increment(start, end, steps=steps, shape=shape)
+    for t in range(30):
+        r = t / steps
+        c = {"constant": 1.0, "linear": r, "cosine": 0.5 * (math.cos(math.pi * (1 - r)) + 1)}[shape]
+        expected = end if t > steps else start + c * (end - start)
+        assert float(value(torch.tensor(t))) == pytest.approx(expected, rel=1e-12), t
+
+
+@pytest.mark.parametrize("sizes, at", [
+    (optim.rampup(32, 16, 1000, 128), lambda consumed: min(32 + 16 * int(consumed / (1000 / 6)), 128)),
+    (optim.rampup(8, 8, 0, 8), lambda consumed: 8),
+    (optim.stepwise("0:4 100:8 0.5K:16"), lambda consumed: 4 if consumed < 100 else 8 if consumed < 500 else 16),
+    (optim.stepwise("0:4 64K:8 2M:32", seq=1000), lambda consumed: 4 if consumed < 64 else 8 if consumed < 2000 else 32),
+    (optim.stepwise("0:50 10:60 20:70"), lambda consumed: 50 if consumed < 10 else 60 if consumed < 20 else 70)])
+def test_batch_sizes_are_megatrons(sizes, at):
+    consumed = 0
+    for step in range(200):
+        assert int(sizes.before(torch.tensor(step))) == consumed
+        assert sizes.at(consumed) == at(consumed), consumed
+        consumed += at(consumed)
+    counts = torch.arange(200)
+    assert torch.equal(torch.vmap(sizes.before)(counts), torch.stack([sizes.before(t) for t in counts]))
+    rate = optim.by_samples(optim.linear(1.0, steps=2000), sizes.before)
+    assert float(rate(torch.tensor(7))) == pytest.approx(max(1 - int(sizes.before(torch.tensor(7))) / 2000, 0))
+
+
+@pytest.mark.parametrize("build, word", [
+    (lambda: optim.rampup(32, 16, 100, 100), "multiple of 16"), (lambda: optim.stepwise("1:4"), "begin with 0"),
+    (lambda: optim.stepwise("0:4 0:8"), "rise"), (lambda: optim.stepwise("0=4"), "250B:1536"),
+    (lambda: optim.increment(0.0, 0.1, steps=5), "cannot go from")])
+def test_more_errors(build, word):
+    with pytest.raises(ValueError, match=word):
+        build()

@@ -183,7 +183,7 @@ def test_a_signal_saves_and_leaves_and_users_bring_functions(corpus, tmp_path, m
     ("--model.overrides.vocab 100", "the tokenizer has 257 tokens and the model 100"),
     ("--model.preset llama3:9b", "llama3 has the sizes"),
     ("--model.function nope:f", "nope"),
-    ("--optimizer.name adan", "optimizer.name = adan: known are adamw, sgd"),
+    ("--optimizer.name adan", "optimizer.name = adan: known are adamw, adam, sgd"),
     ("--training.remat some", "remat is none, full"),
     ("--training.compile true --mesh.virtual true", "a mesh.virtual runs eager"),
     ("--checkpoint.resume nope --run.dir fresh", "no checkpoint in nope"),

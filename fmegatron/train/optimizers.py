@@ -1,0 +1,171 @@
+"""A run's optimizer: its name and keywords, groups of parameters, schedules, and what a resumed run may change of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmegatron import config as configs
+from fmegatron import optim, toml, tree
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.models import Model
+from fmegatron.nn import param
+from fmegatron.optim import Switch, Transform
+
+Schedule = Callable[[Tensor], Tensor]
+NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "decoupled_adamw", "qhadamw", "adopt", "qhadopt",
+         "aggmo_adamw", "aggmo_adopt")
+KEYWORDS = ("betas", "vs", "eps", "momentum", "weight_decay", "decouple", "clip")
+SCHEDULE = ("lr", "schedule", "unit", "warmup", "warmup_fraction", "warmup_init", "decay_steps", "decay_shape", "min_lr",
+            "weight_decay", "weight_decay_start", "weight_decay_shape")
+
+
+def schedule_of(c: RunConfig) -> Schedule:
+    """The learning rate by number of applied updates. A run too short for warmup and decay sees their beginning."""
+    o = c.optimizer
+    batch = c.training.global_batch if o.unit == "samples" else 1
+    steps = c.training.steps * batch
+    warmup = o.warmup
+    if o.warmup_fraction is not None:
+        warmup = round(o.warmup_fraction * (steps if o.decay_steps is None else o.decay_steps))
+    shape: dict[str, Any] = {"warmup": warmup, "init": o.warmup_init}
+    if o.schedule == "constant":
+        rate = optim.constant(o.lr, **shape)
+    elif o.schedule == "inverse_sqrt":
+        rate = optim.inverse_sqrt(o.lr, min=o.min_lr, **shape)
+    elif o.schedule == "wsd":
+        decay = max(steps - warmup, 1) if o.decay_steps is None else max(o.decay_steps, 1)
+        rate = optim.wsd(o.lr, steps=max(steps, warmup + decay), decay=decay, shape=o.decay_shape, min=o.min_lr, **shape)
+    else:
+        end = max(steps, warmup) if o.decay_steps is None else warmup + o.decay_steps
+        rate = {"linear": optim.linear, "cosine": optim.cosine}[o.schedule](o.lr, steps=end, min=o.min_lr, **shape)
+    rate = rate if batch == 1 else optim.by_samples(rate, batch)
+    switch = o.switch
+    return optim.scaled(rate, switch["at"], switch["lr_scale"]) if "lr_scale" in switch and "at" in switch else rate
+
+
+def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -> Transform:
+    """Clipping, then the optimizer, or one for each group of parameters."""
+    schedule = schedule or schedule_of(c)
+    tx = _one(c, model, schedule)
+    if c.optimizer.groups:
+        txs, patterns = {"default": tx}, list[tuple[str, str]]()
+        for label, table in c.optimizer.groups.items():
+            txs[label], found = _group(c, model, label, table)
+            patterns += [(pattern, label) for pattern in found]
+        tx = optim.multi(txs, [*patterns, ("*", "default")])
+    clip = c.training.clip_norm
+    return tx if clip is None else optim.chain(optim.clip_by_global_norm(clip), tx)
+
+
+def _group(c: RunConfig, model: Model, label: str, table: Mapping[str, Any]) -> tuple[Transform, list[str]]:
+    """The transform of [optimizer.groups.LABEL], and the patterns of its leaves; what it does not say is the optimizer's."""
+    place = f"optimizer.groups.{label}"
+    own = {key: value for key, value in table.items() if key not in ("match", "frozen")}
+    match = table.get("match", ())
+    patterns = [match] if isinstance(match, str) else list(match)
+    if label == "default" or not patterns:
+        raise ConfigError(f"{place}: a group has a name other than default, and match = [patterns of paths]")
+    paths = list(tree.to_paths(model.declare))
+    if lost := [p for p in patterns if not any(fnmatchcase(path, p) for path in paths)]:
+        raise ConfigError(f"{place}.match: {lost[0]!r} fits no parameter; the first are {', '.join(paths[:3])}")
+    if table.get("frozen"):
+        return optim.freeze(), patterns
+    if "groups" in own:
+        raise ConfigError(f"{place}.groups: a group has no groups")
+    inner = replace(c, optimizer=toml.update(replace(c.optimizer, groups={}), own, place))
+    return _one(inner, model, schedule_of(inner)), patterns
+
+
+def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
+    """The named optimizer with the keywords that were given; ConfigError names one that it does not have."""
+    o = c.optimizer
+    if o.name not in NAMES and ":" not in o.name:
+        raise ConfigError(f"optimizer.name = {o.name}: known are {', '.join(NAMES)}, or your.module:function")
+    build = getattr(optim, o.name) if o.name in NAMES else configs.imported(o.name)
+    takes = inspect.signature(build).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = {key: getattr(o, key) for key in KEYWORDS if getattr(o, key) is not None}
+    for key in given:
+        if key not in takes and not free:
+            has = [name for name in takes if name in KEYWORDS]
+            raise ConfigError(f"optimizer.{key} = {getattr(o, key)}: {o.name} has no {key}, it has {', '.join(has) or 'none'}")
+    if o.weight_decay_start is not None:
+        if o.weight_decay is None:
+            raise ConfigError("optimizer.weight_decay_start: say optimizer.weight_decay, the value at the end")
+        given["weight_decay"] = optim.increment(
+            o.weight_decay_start, o.weight_decay, steps=c.training.steps, shape=o.weight_decay_shape)
+    if "clip" in given:
+        given["clip"] = _clip(given["clip"])
+    given |= _switched(o, given, takes)
+    ours = {"mask": lambda: param.decay_mask(model.declare), "declare": lambda: model.declare}
+    given |= {key: make() for key, make in ours.items() if key in takes and o.name in NAMES}
+    arguments = dict(o.arguments)
+    if isinstance(arguments.get("dtype"), str):
+        arguments["dtype"] = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(arguments["dtype"], arguments["dtype"])
+    try:
+        tx: Transform = build(schedule, **{**given, **arguments})
+    except TypeError as error:
+        raise ConfigError(f"optimizer.arguments: {error}") from None
+    return tx
+
+
+def _clip(text: str) -> Any:
+    """optimizer.clip: a number, t**0.25, or off."""
+    if text in ("off", "t**0.25"):
+        return None if text == "off" else optim.fourth_root
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"optimizer.clip = {text}: a number, t**0.25, or off") from None
+
+
+def _switched(o: configs.Optimizer, given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:
+    """betas and vs that change at optimizer.switch's update."""
+    known = ("at", "betas", "vs", "reset", "lr_scale")
+    if not o.switch:
+        return {}
+    if unknown := sorted(o.switch.keys() - set(known)):
+        raise ConfigError(f"optimizer.switch.{unknown[0]}: known are {', '.join(known)}")
+    if "at" not in o.switch:
+        raise ConfigError("optimizer.switch.at: the update, counted from 0, from which the new values hold")
+    out: dict[str, Any] = {}
+    for key in ("betas", "vs"):
+        if key not in o.switch:
+            continue
+        if key not in takes:
+            raise ConfigError(f"optimizer.switch.{key}: {o.name} has no {key}")
+        old, new = given.get(key, takes[key].default), tuple(o.switch[key])
+        if len(old) != len(new):
+            raise ConfigError(f"optimizer.switch.{key} = {new}: as many as before, {tuple(old)}")
+        out[key] = tuple(Switch(float(a), float(b), int(o.switch["at"])) for a, b in zip(old, new, strict=True))
+    if o.switch.get("reset"):
+        betas = out.get("betas", given.get("betas", takes["betas"].default))
+        moments = [b if isinstance(b, Switch) else Switch(b, b, int(o.switch["at"])) for b in betas[:-1]]
+        out["betas"] = (*(replace(b, reset=True) for b in moments), betas[-1])
+    return out
+
+
+def resumed(c: RunConfig, saved: str | None) -> RunConfig:
+    """The run with the schedule that its checkpoint's configuration (TOML) asks for, by optimizer.on_resume:
+
+    override: the run's own. restore: the checkpoint's. match: ConfigError where they differ.
+    """
+    policy = c.optimizer.on_resume
+    if saved is None or policy == "override":
+        return c
+    old = toml.loads(saved, {}).get("optimizer", {})
+    before = toml.update(configs.Optimizer(), {k: v for k, v in old.items() if k in {f.name for f in fields(c.optimizer)}}, "")
+    if policy == "restore":
+        return replace(c, optimizer=replace(c.optimizer, **{key: getattr(before, key) for key in SCHEDULE}))
+    for key in SCHEDULE:
+        if getattr(before, key) != getattr(c.optimizer, key):
+            raise ConfigError(f"optimizer.{key} = {getattr(c.optimizer, key)}, the checkpoint's is {getattr(before, key)}: "
+                              "say optimizer.on_resume = override or restore")
+    return c

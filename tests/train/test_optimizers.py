@@ -1,0 +1,100 @@
+"""A run's optimizer from its configuration: names, keywords, groups, schedules, the switch, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fmegatron import optim, toml, tree
+from fmegatron.config import ConfigError, RunConfig
+from fmegatron.models.gpt import Config, gpt
+from fmegatron.train.optimizers import NAMES, optimizer_of, resumed, schedule_of
+
+MODEL = gpt(Config(layers=2, embed=8, heads=2, mlp=12, vocab=11))
+
+
+def run(**optimizer):
+    table = {"optimizer": {"warmup": 0, **optimizer}, "training": {"steps": 20, "clip_norm": "none"}}
+    return toml.update(RunConfig(), table, "test")
+
+
+def stepped(tx, n=3):
+    params = MODEL.init(0, torch.float64)
+    state = tx.init(params)
+    for i in range(n):
+        updates, state = tx.update(MODEL.init(i + 1, torch.float64), state, params)
+        params = optim.apply_updates(params, updates)
+    return tree.to_paths(params)
+
+
+def same(a, b):
+    return all(torch.equal(x, b[path]) for path, x in a.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_its_function(name):
+    kwargs = {"declare": MODEL.declare} if name in ("muon", "adafactor") else {}
+    c = run(name=name)
+    assert same(stepped(optimizer_of(c, MODEL)), stepped(getattr(optim, name)(schedule_of(c), **kwargs)))
+
+
+def test_keywords():
+    c = run(name="aggmo_adopt", betas=[0.9, 0.99, 0.999], vs=[0.5, 0.3], eps=1e-5, weight_decay=0.1, decouple=True, clip="off")
+    expected = optim.aggmo_adopt(schedule_of(c), (0.9, 0.99, 0.999), (0.5, 0.3), 1e-5, 0.1, True, None)
+    assert same(stepped(optimizer_of(c, MODEL)), stepped(expected))
+    c = run(name="adopt", clip="0.5", weight_decay=0.2, weight_decay_start=0.0, weight_decay_shape="cosine")
+    expected = optim.adopt(schedule_of(c), clip=0.5, weight_decay=optim.increment(0, 0.2, steps=20, shape="cosine"))
+    assert same(stepped(optimizer_of(c, MODEL)), stepped(expected))
+
+
+def test_groups():
+    c = run(lr=1e-2, groups={"ends": {"match": ["embed.*", "head.*"], "lr": 1e-3, "name": "sgd"},
+                             "norms": {"match": "*norm*", "frozen": True}})
+    got, start = stepped(optimizer_of(c, MODEL)), tree.to_paths(MODEL.init(0, torch.float64))
+    ends, rest = stepped(optimizer_of(run(lr=1e-3, name="sgd"), MODEL)), stepped(optimizer_of(run(lr=1e-2), MODEL))
+    for path, x in got.items():
+        expected = start if "norm" in path else ends if path.startswith(("embed", "head")) else rest
+        assert torch.equal(x, expected[path]), path
+
+
+def test_the_switch():
+    c = run(name="qhadamw", schedule="constant", switch={"at": 2, "betas": [0.99, 0.999], "vs": [0.98], "lr_scale": 4.0,
+                                                         "reset": True})
+    expected = optim.qhadamw(optim.scaled(1e-3, 2, 4.0), vs=(optim.Switch(0.7, 0.98, 2),),
+                             betas=(optim.Switch(0.9, 0.99, 2, reset=True), optim.Switch(0.95, 0.999, 2)))
+    assert same(stepped(optimizer_of(c, MODEL), 5), stepped(expected, 5))
+
+
+def test_schedules_in_samples_and_fractions():
+    updates, samples = run(warmup=4, decay_steps=16), run(warmup=4 * 32, decay_steps=16 * 32, unit="samples")
+    fraction = run(warmup_fraction=0.2, schedule="wsd", decay_steps=10, warmup_init=1e-5)
+    for t in range(25):
+        count = torch.tensor(t)
+        assert float(schedule_of(updates)(count)) == pytest.approx(float(schedule_of(samples)(count)), rel=1e-12)
+        expected = optim.wsd(1e-3, warmup=2, steps=20, decay=10, init=1e-5)
+        assert float(schedule_of(fraction)(count)) == pytest.approx(float(expected(count)))
+
+
+def test_what_a_resumed_run_keeps():
+    old, new = run(lr=1e-2, schedule="linear"), run(lr=1e-3, on_resume="restore", eps=1e-5)
+    assert resumed(new, toml.dumps(old)).optimizer.lr == 1e-2
+    assert resumed(new, toml.dumps(old)).optimizer.schedule == "linear"
+    assert resumed(new, toml.dumps(old)).optimizer.eps == 1e-5
+    assert resumed(run(lr=1e-3), toml.dumps(old)).optimizer.lr == 1e-3
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 0.001, the checkpoint's is 0.01"):
+        resumed(run(lr=1e-3, on_resume="match"), toml.dumps(old))
+    assert resumed(run(lr=1e-2, schedule="linear", on_resume="match"), toml.dumps(old)).optimizer.lr == 1e-2
+
+
+@pytest.mark.parametrize("settings, word", [
+    ({"vs": [0.7]}, r"optimizer.vs = \(0.7,\): adamw has no vs, it has betas, eps, weight_decay"),
+    ({"name": "sgd", "betas": [0.9, 0.9]}, "sgd has no betas, it has momentum, weight_decay"),
+    ({"name": "lion", "eps": 1e-8}, "lion has no eps"), ({"name": "adopt", "clip": "much"}, "a number, t\\*\\*0.25, or off"),
+    ({"groups": {"a": {"match": "nothing.*"}}}, "'nothing.\\*' fits no parameter"), ({"groups": {"a": {}}}, "match"),
+    ({"groups": {"a": {"match": "*", "betaz": 1}}}, "betaz"), ({"switch": {"at": 1, "vs": [0.5]}}, "adamw has no vs"),
+    ({"switch": {"betas": [0.9, 0.9]}}, "switch.at"), ({"arguments": {"wd": 1}}, "wd"),
+    ({"weight_decay_start": 0.1}, "the value at the end")])
+def test_mistakes_are_one_line(settings, word):
+    with pytest.raises(ConfigError, match=word) as error:
+        optimizer_of(run(**settings), MODEL)
+    assert "\n" not in str(error.value)
