@@ -62,6 +62,7 @@ class Config:
     tied: bool = False
     embed_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what each block adds to the residual stream
     logit_softcap: float | None = None
     # loss
     label_smoothing: float = 0.0

@@ -57,6 +57,7 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
             y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
         if key is not None and c.hidden_dropout:
             y = dropout.apply(sh, c.hidden_dropout, random.fold_in(key, site), y, v)
+        y = y if c.residual_multiplier == 1 else y * c.residual_multiplier
         return norm.apply(sh, n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
 
     h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))

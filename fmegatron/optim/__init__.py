@@ -26,16 +26,16 @@ from fmegatron.optim.groups import freeze, masked, multi
 from fmegatron.optim.lion import lion, scale_by_lion
 from fmegatron.optim.momenta import fourth_root, scale_by_adopt, scale_by_momenta
 from fmegatron.optim.muon import muon, newton_schulz, orthogonalize, qk_clip, scale_by_mean
-from fmegatron.optim.rate import scale_by_learning_rate
-from fmegatron.optim.schedules import Rate, by_samples, constant, cosine, increment, inverse_sqrt, linear, wsd
+from fmegatron.optim.rate import scale_by_leaf, scale_by_learning_rate
+from fmegatron.optim.schedules import Rate, by_samples, constant, cosine, increment, inverse_sqrt, linear, schedule, wsd
 from fmegatron.optim.sgd import scale_by_momentum, sgd
-from fmegatron.optim.switch import Switch, scaled
+from fmegatron.optim.switch import Switch, peak_of, scaled
 
 __all__ = [
     "LOCAL", "BatchSizes", "FusedStep", "Known", "Over", "Rate", "Switch", "Transform", "adafactor", "adam", "adamw",
     "add_decayed_weights", "adopt", "aggmo_adamw", "aggmo_adopt", "apply_updates", "by_samples", "chain",
     "clip_by_global_norm", "clip_by_value", "constant", "cosine", "decoupled_adamw", "fourth_root", "freeze", "fuse",
-    "increment", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon", "newton_schulz", "orthogonalize", "qhadamw",
-    "qhadopt", "qk_clip", "rampup", "scale_by_adam", "scale_by_adopt", "scale_by_learning_rate", "scale_by_lion",
-    "scale_by_mean", "scale_by_momenta", "scale_by_momentum", "scaled", "sgd", "stepwise", "wsd",
+    "increment", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon", "newton_schulz", "orthogonalize", "peak_of",
+    "qhadamw", "qhadopt", "qk_clip", "rampup", "scale_by_adam", "scale_by_adopt", "scale_by_leaf", "scale_by_learning_rate",
+    "scale_by_lion", "scale_by_mean", "scale_by_momenta", "scale_by_momentum", "scaled", "schedule", "sgd", "stepwise", "wsd",
 ]

@@ -139,7 +139,8 @@ def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
         if args.get(theirs) is not None:
             _put(table, ours, args[theirs])
     _put(table, "training.dtype", "bf16" if args.get("bf16") else "fp32")
-    _put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
+    if args.get("optimizer", "adam") != "sgd":
+        _put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
     _put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
     table["optimizer"].setdefault("weight_decay", 0.01)
     style = args.get("lr_decay_style", "linear").replace("-", "_").lower()
