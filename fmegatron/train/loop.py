@@ -226,8 +226,7 @@ def _set_up(c: RunConfig, mesh: Mesh) -> Trainer:
     setup.check_sequence(c, sh)
     source = setup.on_first(mesh, lambda: source_of(c, say))
     model, params = setup.model_of(c, source, sh)
-    found = None if c.run.fresh else checkpoint.latest(folder / "checkpoints") or c.checkpoint.resume
-    c = setup.resumed(c, checkpoint.read_meta(found).get("config") if found else None)
+    c = setup.resumed(c)
     schedule = setup.schedule_of(c)
     tx = setup.optimizer_of(c, model, schedule)
     t = c.training

@@ -17,6 +17,7 @@ from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Model
 from fmegatron.nn import param
 from fmegatron.optim import Switch, Transform
+from fmegatron.train import checkpoint
 
 Schedule = Callable[[Tensor], Tensor]
 NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "decoupled_adamw", "qhadamw", "adopt", "qhadopt",
@@ -152,7 +153,15 @@ def _switched(o: configs.Optimizer, given: Mapping[str, Any], takes: Mapping[str
     return out
 
 
-def resumed(c: RunConfig, saved: str | None) -> RunConfig:
+def resumed(c: RunConfig) -> RunConfig:
+    """The run with the schedule that optimizer.on_resume asks for, where there is a checkpoint to go on from."""
+    if c.run.fresh or c.optimizer.on_resume == "override":
+        return c
+    found = checkpoint.latest(c.run.folder / "checkpoints") or c.checkpoint.resume
+    return follow(c, checkpoint.read_meta(found).get("config")) if found else c
+
+
+def follow(c: RunConfig, saved: str | None) -> RunConfig:
     """The run with the schedule that its checkpoint's configuration (TOML) asks for, by optimizer.on_resume:
 
     override: the run's own. restore: the checkpoint's. match: ConfigError where they differ.

@@ -8,7 +8,7 @@ import torch
 from fmegatron import optim, toml, tree
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models.gpt import Config, gpt
-from fmegatron.train.optimizers import NAMES, optimizer_of, resumed, schedule_of
+from fmegatron.train.optimizers import NAMES, follow, optimizer_of, schedule_of
 
 MODEL = gpt(Config(layers=2, embed=8, heads=2, mlp=12, vocab=11))
 
@@ -77,13 +77,13 @@ def test_schedules_in_samples_and_fractions():
 
 def test_what_a_resumed_run_keeps():
     old, new = run(lr=1e-2, schedule="linear"), run(lr=1e-3, on_resume="restore", eps=1e-5)
-    assert resumed(new, toml.dumps(old)).optimizer.lr == 1e-2
-    assert resumed(new, toml.dumps(old)).optimizer.schedule == "linear"
-    assert resumed(new, toml.dumps(old)).optimizer.eps == 1e-5
-    assert resumed(run(lr=1e-3), toml.dumps(old)).optimizer.lr == 1e-3
+    assert follow(new, toml.dumps(old)).optimizer.lr == 1e-2
+    assert follow(new, toml.dumps(old)).optimizer.schedule == "linear"
+    assert follow(new, toml.dumps(old)).optimizer.eps == 1e-5
+    assert follow(run(lr=1e-3), toml.dumps(old)).optimizer.lr == 1e-3
     with pytest.raises(ConfigError, match=r"optimizer.lr = 0.001, the checkpoint's is 0.01"):
-        resumed(run(lr=1e-3, on_resume="match"), toml.dumps(old))
-    assert resumed(run(lr=1e-2, schedule="linear", on_resume="match"), toml.dumps(old)).optimizer.lr == 1e-2
+        follow(run(lr=1e-3, on_resume="match"), toml.dumps(old))
+    assert follow(run(lr=1e-2, schedule="linear", on_resume="match"), toml.dumps(old)).optimizer.lr == 1e-2
 
 
 @pytest.mark.parametrize("settings, word", [
