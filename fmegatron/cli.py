@@ -15,6 +15,7 @@ from typing import Literal
 
 from fmegatron import config, toml
 from fmegatron.config import ConfigError
+from fmegatron.plan.config import DoctorConfig, PlanConfig
 from fmegatron.toml import option
 
 # Options that a word alone turns on.
@@ -106,6 +107,14 @@ def plan(words: Sequence[str], table: toml.Table, json: bool) -> None:
     main.main(name, table, json=json)
 
 
+def doctor(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """(under torchrun too): versions, devices, launcher; each collective of each axis, its transpose, latency, bandwidth"""
+    _exactly(words)
+    options = toml.update(DoctorConfig(), table, "command line")
+    from fmegatron.plan import doctor
+    doctor.main(options)
+
+
 def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
     """FILE ...: text, .jsonl and .parquet files to tokens, in Megatron's .bin and .idx"""
     options = toml.update(Tokenize(), table, "command line")
@@ -189,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], flags: dict[str, bool]) -> int:
     commands: dict[str, tuple[Callable[..., None], type]] = {
-        "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, config.RunConfig),
-        "tokenize": (tokenize, Tokenize), "data": (data, Data), "generate": (generate, Generate), "convert": (convert, Convert)}
+        "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, PlanConfig),
+        "doctor": (doctor, DoctorConfig), "tokenize": (tokenize, Tokenize), "data": (data, Data),
+        "generate": (generate, Generate), "convert": (convert, Convert)}
     if flags["--version"]:
         print(importlib.metadata.version("fmegatron"))
         return 0

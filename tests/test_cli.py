@@ -67,10 +67,11 @@ def test_tokenize_learns_a_tokenizer_and_writes_tokens(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("words, said", [
-    ("trian quickstart", "trian: no such command (train, explain, plan, tokenize, data, generate, convert)"),
+    ("trian quickstart", "trian: no such command (train, explain, plan, doctor, tokenize, data, generate, convert)"),
     ("train", "command line: expected CONFIG.toml|quickstart, got nothing"),
     ("train quickstart extra", "command line: expected CONFIG.toml|quickstart, got quickstart extra"),
-    ("train nope.toml", "nope.toml: neither a file nor a shipped configuration (debug, llama3_8b, quickstart)"),
+    ("train nope.toml", "nope.toml: neither a file nor a shipped configuration "
+     "(debug, gpt3_175b, llama3_405b, llama3_70b, llama3_8b, quickstart, qwen3_8b)"),
     ("train quickstart --training.stepz 3", "command line: there is no training.stepz; did you mean training.steps?"),
     ("train quickstart --training.steps", "command line: --training.steps needs a value"),
     ("train quickstart --training.steps --run.dir x", "command line: --training.steps needs a value"),

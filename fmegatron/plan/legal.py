@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fmegatron.config import ConfigError
 from fmegatron.models import Model
-from fmegatron.plan.options import PlanConfig
+from fmegatron.plan.config import PlanConfig
 from fmegatron.sharding import Sharding, abstract_mesh
 from fmegatron.train import setup
 from fmegatron.train.leaves import plan_leaves

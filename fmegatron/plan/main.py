@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fmegatron.models import Model
+from fmegatron.plan.config import PlanConfig
 from fmegatron.plan.estimate import Estimate, estimate
 from fmegatron.plan.hardware import Hardware, hardware
 from fmegatron.plan.legal import check, complete
-from fmegatron.plan.options import PlanConfig, Request, request
+from fmegatron.plan.options import Request, request
 from fmegatron.plan.report import to_json, to_text
+from fmegatron.plan.study import study
 from fmegatron.toml import Table
 from fmegatron.train.explain import model_from
 
@@ -22,14 +24,14 @@ def plan(asked: Request, model: Model | None = None) -> Estimate:
     model = model_from(run) if model is None else model
     check(run, model)
     if "remat" not in asked.auto:
-        return estimate(asked.name, run, model, device)
+        return estimate(asked.name, study(run, model), device)
     return least_remat(asked.name, run, model, device)
 
 
 def least_remat(name: str, run: PlanConfig, model: Model, device: Hardware) -> Estimate:
     """The estimate with the least remat that fits; with all of it where none does."""
     for remat in REMATS:
-        found = estimate(name, replace(run, training=replace(run.training, remat=remat)), model, device)
+        found = estimate(name, study(replace(run, training=replace(run.training, remat=remat)), model), device)
         if found.fits:
             break
     return found

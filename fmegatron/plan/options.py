@@ -13,20 +13,9 @@ from typing import Any
 
 from fmegatron import config as configs
 from fmegatron import toml
-from fmegatron.config import ConfigError, RunConfig
+from fmegatron.config import ConfigError
 from fmegatron.models import presets
-from fmegatron.toml import option
-
-
-@dataclass(frozen=True)
-class PlanConfig(RunConfig):
-    """A training run that is planned."""
-
-    hardware: str = option("h100", "h100, h200, a100, b200 or cpu")
-    gpus: int | None = option(None, "devices there are; the mesh fills them, mesh.dp = -1 with what is left", at_least=1)
-    search: int | None = option(None, "list the best legal meshes of this many devices", at_least=1)
-    memory: float | None = option(None, "GB of a device; none: the hardware's", at_least=0)
-    show: int = option(10, "meshes that --search lists", at_least=1)
+from fmegatron.plan.config import PlanConfig
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Seconds of a step's parts, from counts, traffic and hardware.
 
-    microbatch = products / (peak e) + moved / (bandwidth b) + what is sent along tp, cp, ep and pp / (link b)
+    microbatch = products / (peak e) + moved / (bandwidth b) + what is sent along tp, cp, ep and pp / (link l)
     step       = microbatch m + waiting of the pipeline + what of the data axes' traffic is not hidden + optimizer
 
-    e, b       the two efficiencies of hardware.py
+    e, b, l    the efficiencies of hardware.py
     moved      bytes that kernels between the products read and write
     hidden     gathers and reductions of the data axes run beside a microbatch, as prefetch lets them; a reduction at the end
                of the step does not, unless the code overlaps it with the last backward
@@ -13,31 +13,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fmegatron.plan.hardware import Efficiency, Hardware
 from fmegatron.plan.meter import Count
 from fmegatron.sharding.traffic import Row
 
 DATA = ("dp", "fsdp")
-BACKWARD = 2 / 3  # of a microbatch's time
 
 
 @dataclass(frozen=True)
 class Execution:
     """How the code runs that is planned for; the defaults are this package's compiled step.
 
-    fused: what lies between two products is one kernel. overlap: reductions at the end of a step hide behind the last
-    backward. async_tp: traffic of tp hides behind the products. balanced: on any cp causal attention is half the work.
-    fp8: the layers' products run in fp8. prefetch: gathers hide behind the blocks before.
+    fused: what lies between two products is one kernel; fused_ends: before and after the layers too. overlap: what is sent
+    once a step hides behind the last backward and the next forward. narrow: new parameters travel in bf16. async_tp: traffic
+    of tp hides behind the products. balanced: on any cp causal attention is half the work. fp8: the layers' products run in
+    fp8. prefetch: gathers hide behind the blocks before. attention: the part of the peak that its kernel gets; None: as much
+    as products.
     """
 
     fused: bool = True
+    fused_ends: bool = True
     overlap: bool = False
+    narrow: bool = False
     async_tp: bool = False
     balanced: bool = False
     fp8: bool = False
     prefetch: bool = True
+    attention: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,32 @@ class Machine:
     axes: Mapping[str, tuple[int, int]]
     dtype: str
 
-    def compute(self, layers: Count, ends: Count) -> dict[str, float]:
-        """Seconds of a microbatch's products, its attention, and of the kernels between."""
+    def compute(self, layers: Count, ends: Count, rest: Count) -> dict[str, float]:
+        """Seconds of a microbatch's products, its attention, and of the kernels between. rest: gradients added up, casts."""
         peak, fp8 = self.device.flops[self.dtype], self.device.flops.get("fp8" if self.execution.fp8 else self.dtype)
         if fp8 is None:
             raise ValueError(f"hardware = {self.device.name}: has no fp8")
         e, memory = self.efficiency.flops, self.device.bandwidth * self.efficiency.bytes
-        both = layers + ends
+        both, how = layers + ends, self.execution
         return {
             "products": layers.matmul / (fp8 * e) + ends.matmul / (peak * e),
-            "attention": both.attention / (peak * e),
-            "between": (both.operands if self.execution.fused else both.moved - both.operands) / memory,
+            "attention": both.attention / (peak * (self.execution.attention or e)),
+            "between": sum(
+                part.operands if whole else part.moved - part.operands
+                for part, whole in ((layers, how.fused), (ends, how.fused and how.fused_ends), (rest, how.fused))
+            ) / memory,
         }
 
     def send(self, row: Row) -> float:
         """Seconds of all collectives of a row."""
         place, link = self.device.link(*self.axes[row.axis])
         latency = self.device.latency[place == "across"]
-        return row.wire / (link * self.efficiency.bytes) + row.count * latency
+        return row.wire / (link * self.efficiency.links) + row.count * latency
+
+    def narrowed(self, row: Row) -> Row:
+        """What is sent once a step: new parameters in half their bytes where they travel in bf16."""
+        half = self.execution.narrow and row.axis in DATA and row.collective == "all_gather"
+        return replace(row, wire=row.wire // 2) if half else row
 
     def use(self, axis: str, rows: Iterable[Row], exposed: float, flops: float) -> AxisUse:
         """What a step makes of an axis."""
@@ -116,7 +128,7 @@ class Machine:
             return max(0.0, micro - hidden) * microbatches + once
         share = micro / data if data else 0.0
         hidden = busy * share if self.execution.prefetch else 0.0
-        at_end = BACKWARD * busy if self.execution.overlap else 0.0
+        at_end = busy if self.execution.overlap else 0.0
         return max(0.0, micro - hidden) * microbatches + max(0.0, once - at_end)
 
 

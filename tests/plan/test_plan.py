@@ -11,11 +11,11 @@ import torch
 from fmegatron import cli, optim
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Config, gpt, preset
-from fmegatron.plan.estimate import flops_of
 from fmegatron.plan.hardware import HARDWARE, hardware
 from fmegatron.plan.main import plan
 from fmegatron.plan.options import preset_named, request
 from fmegatron.plan.seconds import per_microbatch, times
+from fmegatron.plan.study import flops_of
 from fmegatron.sharding import RULES, Sharding, abstract_mesh, shard, virtual_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.train.explain import explain
