@@ -16,6 +16,7 @@ from fmegatron.data.batches import Batches, Place
 from fmegatron.data.batches import batches as rows_of
 from fmegatron.data.corpus import Corpus
 from fmegatron.sharding import Sharding, shard
+from fmegatron.sharding.shard_map import stored
 
 
 def batches(
@@ -73,6 +74,7 @@ def placer(sh: Sharding) -> Place:
             return shard(sh, x, names, leaf=key)
         if sh.mesh.rank is not None:
             here, where = sh.mesh.coordinates(sh.mesh.rank), sh.placement(names)
+            x = stored(sh, x, where.names)
             for dim, (name, axes) in enumerate(zip(where.names, where.axes, strict=True)):
                 for axis in axes if name != "batch" else ():
                     if x.shape[dim] % sh.mesh[axis].size:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fmegatron import random
 from fmegatron.models.config import Config, kinds
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
-from fmegatron.nn import attention, dropout, embedding, losses, mlp, norm, rope
+from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, norm, rope
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.param import Param, normal, stack
 from fmegatron.sharding import Sharding
@@ -37,10 +37,10 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     for a in {a.table: a for a in kinds(c) if a.rope is not None}.values():
         here = sh.align(positions, "batch seq", within=heads)
         out[f"{a.table}.cos"], out[f"{a.table}.sin"] = rope.tables(a.rope, c.head_dim, here)  # type: ignore[arg-type]
-    for name in ("order", "documents"):
-        if name in v:
-            out[f"{name}.q"] = sh.align(v[name], "batch seq", within=heads)
-            out[f"{name}.k"] = sh.relayout(v[name], "batch seq -> batch kv_seq")
+    if "order" in v:
+        out["order.q"] = out["order.k"] = context.table(sh, v["order"])
+    if "documents" in v:
+        out["documents.all"] = context.table(sh, v["documents"])
     if key is not None and c.dropouts:
         out |= dropout.places(sh, v, place)
         out["h"] = dropout.apply(sh, c.embed_dropout, key, out["h"], out)
@@ -119,11 +119,10 @@ CONTEXT = (
     "rope.window.sin",
     "order.q",
     "order.k",
-    "documents.q",
-    "documents.k",
+    "documents.all",
 )
 BATCH = ("tokens", "positions", "order", "documents", "sample")
-PLACES = ("sample", "place.h", "place.q", "place.k")
+PLACES = ("sample", "place.h")
 
 
 def gpt(c: Config) -> Model:

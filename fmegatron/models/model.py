@@ -135,7 +135,8 @@ def run_chain(
     for node in nodes:
         own = node_params(node, model.declare, slices, sh)
         folded = random.fold_in(key, node.index) if key is not None and model.dropout else None
-        values = {**values, **node.fn(sh, own, {name: values[name] for name in node.reads if name in values}, folded)}
+        reads = {name: values[name] for name in node.reads if name in values}
+        values = {**values, **node.fn(sh.of_layer(node.index), own, reads, folded)}
     return values
 
 

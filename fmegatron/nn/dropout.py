@@ -20,14 +20,12 @@ def places(sh: Sharding, v: dict[str, Tensor], index: Tensor) -> dict[str, Tenso
     """What the masks are keyed by, from a batch's tokens, and sample and order where it has them.
 
     index: [1, seq], the index along the sequence. Returns sample [batch], and the order [batch or 1, seq] where the
-    residual stream lies (place.h) and where heads lie (place.q, place.k).
+    residual stream lies (place.h).
     """
     order = v.get("order", index)
     return {
         "sample": v["sample"] if "sample" in v else sh.index("batch", "batch seq", v["tokens"]),
         "place.h": order,
-        "place.q": sh.align(order, "batch seq", within="batch seq heads hd"),
-        "place.k": sh.relayout(order, "batch seq -> batch kv_seq"),
     }
 
 
@@ -39,8 +37,11 @@ def apply(sh: Sharding, rate: float, key: Tensor | None, x: Tensor, v: dict[str,
     return random.dropout(x, rate, key, (v["sample"][:, None, None], v["place.h"][:, :, None], feature))
 
 
-def of_scores(sh: Sharding, key: Tensor, queries: Tensor, v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of attention weights: the key of each row [batch, heads, seq, 1], the index of each column [.., 1, 1, kv_seq]."""
-    heads = sh.index("heads", "batch seq heads hd", queries)
-    row = random.fold_in(random.fold_in(key, v["sample"])[:, None], heads)[:, :, None]
-    return random.fold_in(row, v["place.q"][:, None, :])[..., None], v["place.k"][:, None, None, :]
+def of_scores(sh: Sharding, key: Tensor, queries: Tensor, sample: Tensor, order: Tensor) -> Tensor:
+    """Of attention weights: the key of each row [batch, heads, seq, 1], for queries at `order` [batch or 1, seq].
+
+    A column's index is the order of its key.
+    """
+    heads = sh.index("q_heads", "batch q_seq q_heads hd", queries)
+    row = random.fold_in(random.fold_in(key, sample)[:, None], heads)[:, :, None]
+    return random.fold_in(row, order[:, None, :])[..., None]

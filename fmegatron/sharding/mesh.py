@@ -90,7 +90,7 @@ def make_mesh(device: str | None = None, **sizes: int) -> Mesh:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     grid = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    groups = {name: Group(grid.get_group(name).group_name) for name in sizes}
+    groups = {name: Group(grid.get_group(name).group_name, grid.get_local_rank(name)) for name in sizes}
     return Mesh("device", _axes(sizes, groups), rank=dist.get_rank(), device=device)
 
 

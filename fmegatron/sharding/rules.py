@@ -7,11 +7,20 @@
 
 First come, first served: in one tensor an earlier rule takes a mesh axis before a later one. An axis that the mesh does
 not have counts as size 1. A strategy is a `Rules` value; to swap the strategy is to swap the value.
+
+Inside attention the dims of queries, keys and values have names of their own, q_seq, q_heads, q_kv, which lie as seq, heads
+and kv do unless a line of their own comes first; kv_seq, the sequence of the keys, has no rule unless it is given one. So a
+form of context parallelism is a few lines:
+
+    gather        none                                                   keys and values are gathered over cp
+    ring          ("kv_seq", "cp")                                       they stay sharded, and travel around cp
+    ulysses       ("q_heads", ("tp", "cp")), ("q_kv", ("tp?", "cp?"))    cp moves from the sequence to the heads
+    hierarchical  q_heads and q_kv over cpa, kv_seq over cp              heads inside, a ring outside
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -42,6 +51,10 @@ class Rules:
     decode: the compute list while generating; by default compute without rules on seq.
     reduce: when gradients go to the optimizer's placement: once per "step", or per "microbatch" (reduce-scatter into a
         sharded accumulator; a leaf that is stored whole is reduced once per step in both cases).
+    attention: lines before compute's on names inside attention: a form of context parallelism, written out or by its name
+        in CONTEXTS.
+    layers: {layer, counted from 1: such lines for it in place of `attention`}.
+    zigzag: the axes, outermost of seq's, over which a rank holds a chunk of the sequence's head and one of its tail.
     """
 
     compute: Lines = ()
@@ -49,12 +62,18 @@ class Rules:
     optimizer: Lines = ()
     decode: Lines | None = None
     reduce: Literal["step", "microbatch"] = "microbatch"
+    attention: Lines | str = ()
+    layers: Mapping[int, Lines | str] | Iterable[tuple[int, Lines | str]] = ()
+    zigzag: tuple[str, ...] = ()
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
         for key in ("compute", "storage", "optimizer"):
             object.__setattr__(self, key, normalize(getattr(self, key)))
         object.__setattr__(self, "decode", normalize(self._decode() if self.decode is None else self.decode))
+        object.__setattr__(self, "attention", _form(self.attention))
+        object.__setattr__(self, "layers", tuple((int(i), _form(lines)) for i, lines in dict(self.layers).items()))
+        object.__setattr__(self, "zigzag", (self.zigzag,) if isinstance(self.zigzag, str) else tuple(self.zigzag))
         if self.reduce not in ("step", "microbatch"):
             raise ValueError(f"reduce is 'step' or 'microbatch', not {self.reduce!r}")
 
@@ -66,24 +85,55 @@ class Rules:
     def lines(self, kind: Kind) -> tuple[Rule, ...]:
         """The whole ordered list for one kind of tensor."""
         if kind == "decode":
-            return normalize(self.decode or ())
+            return _inside(self.decode or ())
         more = {"compute": (), "storage": (self.storage,), "optimizer": (self.storage, self.optimizer)}[kind]
-        return sum((normalize(lines) for lines in more), normalize(self.compute))
+        return sum((normalize(lines) for lines in more), (*_form(self.attention), *_inside(self.compute)))
+
+    def of_layer(self, number: int) -> Rules:
+        """The rules inside one layer, counted from 1."""
+        own = dict(self.layers)
+        return replace(self, attention=own[number], layers=()) if number in own else self
 
     @property
     def axes(self) -> frozenset[str]:
         """Every mesh axis that some rule names."""
-        return frozenset(axis.rstrip("?") for _, axes in self.lines("optimizer") for axis in axes)
+        lines = (*self.lines("optimizer"), *(line for form in dict(self.layers).values() for line in _form(form)))
+        return frozenset(axis.rstrip("?") for _, axes in lines for axis in axes)
+
+
+def _form(lines: Lines | str) -> tuple[Rule, ...]:
+    """The lines of a form of context parallelism; raises ValueError on an unknown form, or a name from outside attention."""
+    if isinstance(lines, str):
+        if lines not in CONTEXTS:
+            raise ValueError(f"no form of context parallelism is named {lines!r}: they are {', '.join(CONTEXTS)}")
+        lines = CONTEXTS[lines]
+    known = (*INSIDE.values(), "kv_seq")
+    if wrong := [name for name, _ in normalize(lines) if name not in known]:
+        raise ValueError(f"an attention rule names {wrong[0]!r}, but inside attention the dims are {', '.join(known)}")
+    return normalize(lines)
+
+
+def _inside(lines: Lines) -> tuple[Rule, ...]:
+    """With each line on seq, heads or kv also for that dim's name inside attention."""
+    named = ([(name, axes), *([(INSIDE[name], axes)] if name in INSIDE else [])] for name, axes in normalize(lines))
+    return tuple(line for pair in named for line in pair)
 
 
 Kind = Literal["compute", "storage", "optimizer", "decode"]
-SEQ_NAMES = ("seq", "loss_seq")
+INSIDE = MappingProxyType({"seq": "q_seq", "heads": "q_heads", "kv": "q_kv"})  # names of dims inside attention
+SEQ_NAMES = ("seq", "loss_seq", "q_seq", "kv_seq", "all_seq")  # dims along the sequence; all_seq never has a rule
 
+CONTEXTS: Mapping[str, Lines] = MappingProxyType({  # forms of context parallelism: what lies otherwise inside attention
+    "gather": (),
+    "ring": (("kv_seq", "cp"),),
+    "ulysses": (("q_heads", ("tp", "cpa", "cp")), ("q_kv", ("tp?", "cpa?", "cp?"))),
+    "hierarchical": (("q_heads", ("tp", "cpa")), ("q_kv", ("tp?", "cpa?")), ("kv_seq", "cp")),
+})
 BATCH: RuleLike = ("batch", ("dp", "fsdp", "ep"))
-CONTEXT: tuple[RuleLike, ...] = (("seq", "cp"), ("loss_seq", "cp"))
+CONTEXT: tuple[RuleLike, ...] = (("seq", ("cp", "cpa")), ("loss_seq", ("cp", "cpa")))
 TENSOR: tuple[RuleLike, ...] = (("heads", "tp"), ("kv", "tp?"), ("mlp", "tp"), ("vocab", "tp"), ("expert", "ep"))
-SEQUENCE: tuple[RuleLike, ...] = (("seq", ("cp", "tp")), ("loss_seq", "cp"))
-SHARDED: RuleLike = ("*", ("dp", "fsdp", "cp"))  # the mesh's order: leaves then share their collectives
+SEQUENCE: tuple[RuleLike, ...] = (("seq", ("cp", "cpa", "tp")), ("loss_seq", ("cp", "cpa")))
+SHARDED: RuleLike = ("*", ("dp", "fsdp", "cp", "cpa"))  # the mesh's order: leaves then share their collectives
 
 _TP = normalize((*TENSOR, BATCH, *CONTEXT))
 _TP_SP = normalize((*TENSOR, BATCH, *SEQUENCE))
@@ -91,7 +141,10 @@ _DATA = normalize((BATCH, *CONTEXT))
 
 
 def _presets() -> dict[str, Rules]:
-    """Every compute list by every way to store: `ddp`, `fsdp`, …, `tp`, `tp_sp`, `fsdp_tp_sp`, …."""
+    """Every compute list by every way to store: `ddp`, `fsdp`, …, `tp`, `tp_sp`, `fsdp_tp_sp`, …; `cp_ring`, ….
+
+    The `cp_` presets are `fsdp_tp_sp` with a form of context parallelism, zigzag where there is a ring.
+    """
     stores = {
         "ddp": Rules(reduce="step"),
         "zero1": Rules(optimizer=(SHARDED,), reduce="step"),
@@ -106,6 +159,8 @@ def _presets() -> dict[str, Rules]:
             name = f"{store}_{compute}" if compute else store
             named[name] = replace(rules, compute=lines, decode=None)
     named["tp"], named["tp_sp"] = named["ddp_tp"], named["ddp_tp_sp"]
+    for form, zigzag in (("ring", ("cp",)), ("ulysses", ()), ("hierarchical", ("cp",))):
+        named[f"cp_{form}"] = replace(named["fsdp_tp_sp"], attention=form, zigzag=zigzag)
     return {name: replace(rules, name=name) for name, rules in named.items()}
 
 

@@ -22,16 +22,17 @@ from fmegatron.sharding.collectives import Once, Op, Psum, apply
 from fmegatron.sharding.mesh import Mesh
 from fmegatron.sharding.placement import Placement
 from fmegatron.sharding.relayout import plan_relayout, run
-from fmegatron.sharding.rules import Kind
+from fmegatron.sharding.rules import SEQ_NAMES, Kind
 from fmegatron.sharding.sharding import Sharding
 from fmegatron.sharding.transports import Threads
+from fmegatron.sharding.zigzag import unzigzag, zigzag
 from fmegatron.tree import Tree
 
 
 def shard(sh: Sharding, x: Tensor, names: str, kind: Kind | None = None, leaf: str | None = None) -> Tensor:
     """A global tensor's local pieces: this rank's, or all ranks' stacked; pads are zeros."""
     place = sh.placement(names, kind, leaf)
-    x = _pad(sh, x, place.names, leaf)
+    x = stored(sh, _pad(sh, x, place.names, leaf), place.names)
     if sh.mesh.stacked:
         return stack_shards(sh.mesh, x, place)
     if sh.mesh.rank is None:
@@ -51,10 +52,29 @@ def unshard(sh: Sharding, x: Tensor, names: str, kind: Kind | None = None) -> Te
     else:
         replicated = Placement(place.names, ((),) * len(place.names))
         whole = run(x, rank_of(sh.mesh), plan_relayout(sh.mesh, place, replicated))
+    whole = natural(sh, whole, place.names)
     for dim, name in enumerate(place.names):
         if name in sh.sizes:
             whole = whole.narrow(dim, 0, sh.true_size(name))
     return whole
+
+
+def stored(sh: Sharding, x: Tensor, names: Sequence[str]) -> Tensor:
+    """A whole tensor with its sequence in the order in which it is stored, which is the natural one unless it lies zigzag."""
+    return _along_seq(sh, x, names, zigzag)
+
+
+def natural(sh: Sharding, x: Tensor, names: Sequence[str]) -> Tensor:
+    """A whole tensor with its sequence in natural order, the inverse of `stored`."""
+    return _along_seq(sh, x, names, unzigzag)
+
+
+def _along_seq(sh: Sharding, x: Tensor, names: Sequence[str], move: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    n = sh.zigzag if sh.rules.zigzag else 1
+    for dim, name in enumerate(names) if n > 1 else ():
+        if name in SEQ_NAMES and x.shape[dim] > 1:
+            x = move(x, dim, n)
+    return x
 
 
 def _pad(sh: Sharding, x: Tensor, names: Sequence[str], leaf: str | None) -> Tensor:
@@ -140,6 +160,7 @@ def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:
 def _run_threads(sh: Sharding, fn: Callable[..., Any], trees: Sequence[Any]) -> Any:
     transports = (getattr(axis.transport, "inner", axis.transport) for axis in sh.mesh.axes)
     hub = next(transport.hub for transport in transports if isinstance(transport, Threads))
+    hub.open()
     outputs: list[Any] = [None] * sh.mesh.size
     errors: list[BaseException] = []
     grad_mode = torch.is_grad_enabled()
@@ -195,7 +216,8 @@ def _enter(sh: Sharding, x: Tensor, names: str, kind: Kind) -> Tensor:
         x = _Boundary.apply(x, rank, Psum(axis))
     place = sh.placement(names, kind)
     whole = Placement(place.names, ((),) * len(place.names))
-    return run(_pad(sh, x, place.names, None), rank, plan_relayout(sh.mesh, whole, place))
+    x = stored(sh, _pad(sh, x, place.names, None), place.names)
+    return run(x, rank, plan_relayout(sh.mesh, whole, place))
 
 
 def _leave(sh: Sharding, y: Tensor, names: str) -> Tensor:

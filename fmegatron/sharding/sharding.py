@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmegatron.sharding import named
+from fmegatron.sharding import named, zigzag
 from fmegatron.sharding.collectives import Once, apply
 from fmegatron.sharding.einsum import multiply, plan_einsum
 from fmegatron.sharding.mesh import Mesh
 from fmegatron.sharding.overlap import in_chunks
 from fmegatron.sharding.placement import Placement, Size, Sizes, parse_names, place
 from fmegatron.sharding.relayout import plan_relayout, run
-from fmegatron.sharding.rules import RULES, Kind, Rules
+from fmegatron.sharding.rules import INSIDE, RULES, SEQ_NAMES, Kind, Rules
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,10 @@ class Layout:
     def placement(self, names: tuple[str, ...], kind: Kind | None = None, leaf: str | None = None) -> Placement:
         """Where a tensor with these names lies."""
         return place(names, self.rules.lines(kind or self.activations), self.mesh.sizes, self.sizes, leaf)
+
+    def large(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of several ranks."""
+        return tuple(axis for axis in axes if self.mesh.sizes.get(axis, 1) > 1)
 
 
 NO_LAYOUT = Layout(Mesh("single"), RULES["single"], {})  # stands for "to be made"
@@ -85,7 +89,18 @@ class Sharding:
         """With a table of named sizes; optional rules, padding and wildcards need it."""
         if all(self.sizes.get(name) == size for name, size in sizes.items()):
             return self
+        sizes = {**sizes, **{inside: sizes[name] for name, inside in INSIDE.items() if name in sizes}}
         return replace(self, sizes={**self.sizes, **sizes}, layout=NO_LAYOUT)
+
+    def of_layer(self, number: int) -> Sharding:
+        """As a layer sees it, counted from 1: with its own form of context parallelism where the rules give it one."""
+        if number not in dict(self.rules.layers):
+            return self
+        rules, memo = self.rules.of_layer(number), self.layout.memo
+        key = ("rules", rules.attention)
+        if key not in memo:
+            memo[key] = replace(self, rules=rules, layout=NO_LAYOUT).layout
+        return replace(self, rules=rules, layout=memo[key])
 
     def at(self, rank: Tensor) -> Sharding:
         """As rank `rank` sees it."""
@@ -126,10 +141,21 @@ class Sharding:
         return size.n if isinstance(size, Size) else size
 
     def index(self, name: str, names: str, x: Tensor) -> Tensor:
-        """Global indices of the local slice of one dim: int64 [local size], for `x` that lies as `names`."""
+        """Global indices of the local slice of one dim: int64 [local size], for `x` that lies as `names`.
+
+        Of the sequence they are places in natural order, however it is stored.
+        """
         place = self.placement(names)
         local = x.shape[place.names.index(name)]
-        return torch.arange(local, device=x.device) + named.offset(self.mesh, self.rank, place.of(name), local)
+        index = torch.arange(local, device=x.device) + named.offset(self.mesh, self.rank, place.of(name), local)
+        if name not in SEQ_NAMES:
+            return index
+        return zigzag.places(index, local * math.prod(self.mesh[axis].size for axis in place.of(name)), self.zigzag)
+
+    @property
+    def zigzag(self) -> int:
+        """Ranks among which the sequence lies zigzag; 1: it lies contiguous."""
+        return int(self.layout.plan("zigzag"))
 
     def slice_index(self, name: str, axes: tuple[str, ...], like: Tensor) -> Tensor:
         """Global indices of this rank's slice of a bound dim that lies over `axes`: int64 [size / ranks], on like's device."""
@@ -227,6 +253,14 @@ def _einsum(layout: Layout, pattern: str) -> Any:
     return plan_einsum(layout.mesh, layout.placement, pattern)
 
 
+def _zigzag(layout: Layout) -> int:
+    outer = layout.placement(("batch", "seq")).of("seq")
+    wanted = tuple(axis for axis in layout.rules.zigzag if axis in outer)
+    if wanted != outer[: len(wanted)]:
+        raise ValueError(f"zigzag over {', '.join(wanted)}, but seq lies over {', '.join(outer)}: name its first mesh axes")
+    return math.prod(layout.mesh[axis].size for axis in wanted)
+
+
 def _unplaced(layout: Layout, names: str) -> tuple[Any, ...]:
     placed = layout.placement(parse_names(names)).placed
     return tuple(axis for axis in layout.mesh.axes if axis.size > 1 and axis.name not in placed)
@@ -238,6 +272,7 @@ PLANS: Mapping[str, Callable[..., Any]] = {
     "align": _align,
     "einsum": _einsum,
     "unplaced": _unplaced,
+    "zigzag": _zigzag,
     "lookup": named.plan_lookup,
     "reduce": named.plan_reduce,
     "local": named.check_local,

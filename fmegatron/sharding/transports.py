@@ -66,9 +66,13 @@ class OneRank:
 
 @dataclass(frozen=True)
 class Group(OneRank):
-    """A process group, through the functional collectives that Inductor knows; results are issued, `wait` completes them."""
+    """A process group, through the functional collectives that Inductor knows; results are issued, `wait` completes them.
+
+    place: this process's coordinate on the axis. A permutation is an all-to-all in which each rank sends to one.
+    """
 
     name: str
+    place: int
     background = True
 
     def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor:
@@ -88,10 +92,10 @@ class Group(OneRank):
         return torch.ops._c10d_functional.all_to_all_single(blocks.contiguous(), sizes, sizes, self.name)
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
-        blocks = x.unsqueeze(0).expand(axis.size, *x.shape)
-        received = self.wait(self.all_to_all(blocks, axis, rank))
-        table = torch.tensor(source, device=x.device)
-        return received.index_select(0, table.index_select(0, axis.coordinate(rank).reshape(1))).squeeze(0)
+        comes = [int(j == source[self.place]) for j in range(axis.size)]
+        goes = [int(source[j] == self.place) for j in range(axis.size)]
+        received = torch.ops._c10d_functional.all_to_all_single(x.contiguous().unsqueeze(0), comes, goes, self.name)
+        return received.view(x.shape)
 
     def wait(self, x: Tensor) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(x)
@@ -169,10 +173,19 @@ class Hub:
         self.ranks = ranks
         self.lock = threading.Lock()
         self.rooms: dict[Any, tuple[threading.Barrier, list[Any]]] = {}
+        self.failed = False
+
+    def open(self) -> None:
+        """Before a program runs: as if no earlier one had failed."""
+        with self.lock:
+            self.rooms.clear()
+            self.failed = False
 
     def exchange(self, room: Any, place: int, size: int, value: Any) -> list[Any]:
         """Give a value, get everybody's, in order of place. Blocks until all `size` members came."""
         with self.lock:
+            if self.failed:  # a late comer would wait for a rank that is gone
+                raise threading.BrokenBarrierError
             barrier, slots = self.rooms.setdefault(room, (threading.Barrier(size), [None] * size))
         slots[place] = value
         barrier.wait()
@@ -183,9 +196,9 @@ class Hub:
     def abort(self) -> None:
         """Release the waiting threads with an error: one of them has failed."""
         with self.lock:
+            self.failed = True
             for barrier, _ in self.rooms.values():
                 barrier.abort()
-            self.rooms.clear()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fmegatron.models import Config
 from fmegatron.sharding import RULES
 
-DATA_AXES = ("dp", "fsdp", "cp")
+DATA_AXES = ("dp", "fsdp", "cp", "cpa")
 F32 = 4  # bytes of an element of parameters at rest, of activations and of gradients
 
 
@@ -55,6 +55,12 @@ class Case:
         whole, tp = self.c.kv or self.c.heads, self.ranks("tp")
         return whole if whole % tp else whole // tp
 
+    @property
+    def tokens(self) -> int:
+        """Tokens on a rank in a microbatch, over dp, fsdp and the context axes: b s."""
+        rows = self.batch[0] // (self.ranks("dp") * self.ranks("fsdp") * self.m)
+        return rows * self.batch[1] // (self.ranks("cp") * self.ranks("cpa"))
+
 
 def step_traffic(case: Case) -> dict[tuple[str, str], tuple[int, int]]:
     """{(collective, axis): (count, bytes)} of one rank's step."""
@@ -69,30 +75,58 @@ def step_traffic(case: Case) -> dict[tuple[str, str], tuple[int, int]]:
 def activations(case: Case) -> None:
     """What blocks send, forward and backward."""
     c, m, again, layers = case.c, case.m, case.again, case.c.layers
-    b = case.batch[0] // (case.ranks("dp") * case.ranks("fsdp") * m)
-    s = case.batch[1] // case.ranks("cp")
-    stream, ids = b * s * c.embed * F32, b * s * 8
-    if case.rules.endswith("_sp"):
+    stream, ids = case.tokens * c.embed * F32, case.tokens * 8
+    if case.rules.endswith("_sp") or case.rules.startswith("cp_"):
         case.add("all_gather", "tp", m * layers * (4 + 2 * again), stream)
         case.add("reduce_scatter", "tp", m * layers * (4 + 2 * again), stream)
         case.add("reduce_scatter", "tp", 2 * m, stream)  # lookup forward, end backward
         case.add("all_gather", "tp", 2 * m, stream)  # lookup backward, end forward
-        case.add("all_gather", "tp", 5 * m, ids)  # tokens, positions, documents twice, labels
-        case.add("all_gather", "tp", m, b * s * 4)  # weights
+        case.add("all_gather", "tp", 4 * m, ids)  # tokens, positions, documents, labels
+        case.add("all_gather", "tp", m, ids // 2)  # weights
     else:
         case.add("all_reduce", "tp", m * (layers * (4 + 2 * again) + 2), stream)
-    keys = b * case.batch[1] * case.kv * c.head_dim * F32
-    case.add("all_gather", "cp", m * layers * (2 + 2 * again), keys)
-    case.add("reduce_scatter", "cp", m * layers * 2, keys)
-    case.add("all_gather", "cp", m, b * case.batch[1] * 8)  # documents of the keys
-    case.add("all_reduce", "tp", 5 * m * c.loss_chunks, b * s * F32 // c.loss_chunks)
+    context(case)
+    case.add("all_gather", "cpa", m, ids * case.ranks("cpa"))  # documents
+    case.add("all_gather", "cp", m, ids * case.ranks("cpa") * case.ranks("cp"))
+    case.add("all_reduce", "tp", 5 * m * c.loss_chunks, case.tokens * F32 // c.loss_chunks)
+
+
+def context(case: Case) -> None:
+    """What attention sends along cp and cpa, in each form; a causal window does not end the ring early here."""
+    c, n, inner = case.c, case.ranks("cp"), case.ranks("cpa")
+    form = case.rules.removeprefix("cp_") if case.rules.startswith("cp_") else "gather"
+    forward, backward = case.m * c.layers * (1 + case.again), case.m * c.layers
+    heads = c.heads // case.ranks("tp")
+    queries, keys = (case.tokens * k * c.head_dim * F32 for k in (heads, case.kv))
+    kv, length = case.kv, 1  # of the blocks that go around: heads, and pieces of the sequence
+
+    def move(axis: str, ranks: int, exchanged: bool) -> None:
+        """Heads for sequence, or where key/value heads do not divide, the whole sequence."""
+        nonlocal heads, kv, length
+        length *= ranks
+        if exchanged:
+            case.add("all_to_all", axis, 2 * (forward + backward), queries)  # queries there, the output back
+            heads //= ranks
+        if exchanged and kv % ranks == 0:
+            case.add("all_to_all", axis, 2 * (forward + backward), keys * kv // case.kv * length // ranks)
+            kv //= ranks
+        else:
+            case.add("all_gather", axis, 2 * forward, keys * length)
+            case.add("reduce_scatter", axis, 2 * backward, keys * length)
+            kv = 1 if exchanged and (c.heads // (c.kv or c.heads)) % heads == 0 else heads if exchanged else kv
+
+    move("cpa", inner, form in ("ulysses", "hierarchical"))
+    if form in ("gather", "ulysses"):
+        return move("cp", n, form == "ulysses")
+    block = 2 * case.tokens * length * kv * c.head_dim * F32
+    case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), block)
 
 
 def parameters(case: Case) -> None:
     """What parameters, gradients and updates send."""
     c, m, tp = case.c, case.m, case.ranks("tp")
     store = "ddp" if case.rules.startswith("tp") else case.rules.split("_")[0]
-    storage: Sequence[str] = {"fsdp": DATA_AXES, "zero3": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
+    storage: Sequence[str] = {"fsdp": DATA_AXES, "zero3": DATA_AXES, "cp": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
     optimizer = DATA_AXES if store in ("zero1", "zero2") else storage
     kv = 2 * c.embed * case.kv * c.head_dim
     layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + kv + 2 * c.embed

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fmegatron import random, tree
 from fmegatron.models.model import Model, run_chain
-from fmegatron.sharding import RULES, SINGLE, Placement, Sharding, shard, spmd, thread_mesh, virtual_mesh
+from fmegatron.sharding import RULES, SINGLE, Placement, Rules, Sharding, shard, spmd, thread_mesh, virtual_mesh
 from fmegatron.sharding.named import split_arrow
 from fmegatron.sharding.placement import parse_names
 from fmegatron.sharding.relayout import plan_relayout, run
-from fmegatron.sharding.shard_map import rank_of, unstack_shards
+from fmegatron.sharding.shard_map import natural, rank_of, unstack_shards
+from fmegatron.sharding.sharding import NO_LAYOUT
 from fmegatron.testing.assertions import assert_trees_all_close, assert_trees_all_equal
 from fmegatron.train.state import Over, init_params
 from fmegatron.train.step import Plan, plan_step, value_and_grad
@@ -30,8 +31,7 @@ TOKENS = "batch seq"
 HEADS = "batch seq heads hd"
 NAMES: Mapping[str, str] = MappingProxyType({  # "a b within c": lies where a and b lie inside c; "": a sum over ranks
     **dict.fromkeys(("tokens", "labels", "weights", "positions", "documents", "order", "place.h"), TOKENS),
-    **dict.fromkeys(("order.q", "documents.q", "place.q"), f"{TOKENS} within {HEADS}"),
-    **dict.fromkeys(("order.k", "documents.k", "place.k"), "batch kv_seq"),
+    **dict.fromkeys(("order.q", "order.k", "documents.all"), "batch place"),
     **{f"{table}.{part}": f"{TOKENS} one pair within {HEADS}" for table in ("rope", "rope.window") for part in ("cos", "sin")},
     "sample": "batch",
     "h": "batch seq embed",
@@ -54,14 +54,14 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Recording(Sharding):
-    """A sharding that keeps what its calls return, in `seen`: {call: (names, local tensor)}."""
+    """A sharding that keeps what its calls return, in `seen`: {call: (names, the rules there, local tensor)}."""
 
-    seen: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    seen: dict[str, tuple[str, Rules, Tensor]] = field(default_factory=dict)
     where: str = ""
 
     def keep(self, call: str, names: str, x: Tensor) -> Tensor:
         """Note a value under its call, numbered."""
-        self.seen[f"{self.where} #{len(self.seen)} {call}"] = (names, x)
+        self.seen[f"{self.where} #{len(self.seen)} {call}"] = (names, self.rules, x)
         return x
 
     def relayout(self, x: Tensor, pattern: str) -> Tensor:
@@ -89,7 +89,7 @@ class Recording(Sharding):
 
 
 def forward(model: Model, sh: Sharding, params: Any, batch: Mapping[str, Tensor], names: Mapping[str, str], key: Any) -> Any:
-    """{name of a value: (names of its dims, local tensor)} of one forward pass on one rank."""
+    """{name of a value: (names of its dims, rules, local tensor)} of one forward pass on one rank."""
     given = {f.name: getattr(sh, f.name) for f in fields(Sharding)} | {"recompute": None}
     recording = Recording(**given)
     values = model.inputs(sh, batch)
@@ -125,15 +125,15 @@ def measure(
     plan = plan_step(model, sh, **settings)
     sh = plan.sh
     key = random.key(seed + 1) if model.dropout else None
-    lies: dict[str, str] = {}
+    lies: dict[str, tuple[str, Rules]] = {}
 
     def on_rank(here: Sharding, like: Tensor, local: dict[str, Tensor]) -> Any:
         params = init_params(model, here, plan.leaves, random.key(seed), dtype)
         seen = forward(model, here, params, local, names, key)
-        lies.update({name: dims for name, (dims, _) in seen.items()})
+        lies.update({name: (dims, rules) for name, (dims, rules, _) in seen.items()})
         grads, metrics = value_and_grad(plan, here, params, local, key)
         norm = Over(here, plan.leaves).norm(grads)
-        return params, {name: x for name, (_, x) in seen.items()}, metrics, grads, norm
+        return params, {name: x for name, (*_, x) in seen.items()}, metrics, grads, norm
 
     ranks = torch.zeros(sh.mesh.size if sh.mesh.stacked else (), device=sh.mesh.device)
     local = {name: shard(sh, x, names[name]) for name, x in batch.items()}
@@ -143,11 +143,16 @@ def measure(
     shapes = {} if expected is None else {name: x.shape for name, x in expected.activations.items()}
     return Measured(
         params=whole_leaves(plan, params, "storage"),
-        activations={name: whole(sh, x, lies[name], shapes.get(name)) for name, x in seen.items()},
+        activations={name: whole(under(sh, lies[name][1]), x, lies[name][0], shapes.get(name)) for name, x in seen.items()},
         metrics={name: alike(x) for name, x in metrics.items()},
         grads=whole_leaves(plan, grads, "optimizer"),
         norm=alike(norm),
     )
+
+
+def under(sh: Sharding, rules: Rules) -> Sharding:
+    """The same under other rules: a layer may have its own inside attention."""
+    return sh if rules is sh.rules else replace(sh, rules=rules, layout=NO_LAYOUT)
 
 
 def whole_leaves(plan: Plan, values: Any, kind: str) -> dict[str, Tensor]:
@@ -179,6 +184,7 @@ def bring(sh: Sharding, x: Tensor, place: Placement, stacked: bool = False) -> T
     else:
         replicated = Placement(place.names, ((),) * len(place.names))
         x = run(x, rank_of(sh.mesh), plan_relayout(sh.mesh, place, replicated))
+    x = natural(sh, x, place.names)
     for dim, name in enumerate(place.names):
         if name in sh.sizes and not (stacked and dim == 0) and x.shape[dim] > sh.true_size(name):
             x = x.narrow(dim, 0, sh.true_size(name))

@@ -24,7 +24,7 @@ from fmegatron.models.gpt import gpt
 from fmegatron.models.model import Model
 from fmegatron.sharding import RULES, Rules, Sharding, virtual_mesh
 
-AXES = ("dp", "tp", "fsdp", "cp")
+AXES = ("dp", "tp", "fsdp", "cp", "cpa")
 DATA, MODEL = ("batch", "seq", "loss_seq"), ("heads", "mlp", "vocab")
 Draw = Any
 
@@ -78,6 +78,7 @@ def shards(rules: Rules, mesh: Mapping[str, int], name: str) -> int:
 def configs(draw: Draw, rules: Rules, mesh: Mapping[str, int], few_kv: bool = False, pad: bool = False) -> Config:
     """A decoder that fits: odd sizes, padded vocabularies, fewer KV heads than ranks, layers of several kinds, tied or not."""
     heads_over, mlp_over, vocab_over = (shards(rules, mesh, name) for name in MODEL)
+    heads_over = max(heads_over, shards(rules, mesh, "q_heads"))
     heads = heads_over * draw(st.sampled_from((2, 1, 3) if heads_over < 4 else (1,)))
     groups = [n for n in range(heads, 0, -1) if heads % n == 0 and (not few_kv or n < heads_over)]
     hd = draw(st.sampled_from((4, 6, 2)))
@@ -206,7 +207,9 @@ def cases(
         config = Config(**{**vars(config), **rates, "hidden_dropout": 0.25})
     microbatches = draw(st.sampled_from((1, 2)))
     over_rows, over_seq = (shards(lists, mesh, name) for name in ("batch", "seq"))
-    length = math.lcm(over_seq, shards(lists, mesh, "loss_seq")) * draw(st.sampled_from((3, 2) if over_seq < 4 else (1, 2)))
+    halves = 2 * math.prod(mesh.get(axis, 1) for axis in lists.zigzag)
+    unit = math.lcm(over_seq, shards(lists, mesh, "loss_seq"), halves if lists.zigzag else 1)
+    length = unit * draw(st.sampled_from((3, 2) if over_seq < 4 else (1, 2)))
     batch = draw(batches(config.vocab, over_rows * microbatches * draw(st.sampled_from((1, 2))), max(length, 2)))
     remat = draw(st.sampled_from(("none", "full", "every-2", "selective")))
     settings = {"microbatches": microbatches, "remat": remat, "prefetch": draw(st.sampled_from((1, 0, 2)))}

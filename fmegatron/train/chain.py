@@ -143,15 +143,16 @@ def differentiate(
     key = None if step.key is None else random.fold_in(step.key, node.index)
     wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
     rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
+    inside = step.sh.of_layer(node.index)
 
     def block(wrt: Tree, rest: Tree) -> Values:
         taps: dict[str, tuple[str, Tensor]] = {}
-        sh = step.sh.at(rest["rank"]) if rest["rank"] is not None else step.sh
+        sh = inside.at(rest["rank"]) if rest["rank"] is not None else inside
         out = node.fn(sh.tapping(taps), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
     engine = step.engine.light if node.light else step.engine
-    return engine.vjp(block, wrt, rest, kind=(node.fn, step.sh.layout, step.sh.recompute, step.sh.chunks))
+    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, step.sh.recompute, step.sh.chunks))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:

@@ -46,9 +46,9 @@ def make_evaluate(
 
         def run_nodes(nodes: Sequence[Node], values: Values) -> Values:
             for node in nodes:
-                own = weights.take(node)
+                own, inside = weights.take(node), here.of_layer(node.index)
                 reads = {name: values[name] for name in node.reads if name in values}
-                new = _in_parts(node, here, own, reads) if node.chunks else node.fn(here, own, reads, None)
+                new = _in_parts(node, inside, own, reads) if node.chunks else node.fn(inside, own, reads, None)
                 values = {**values, **new}
                 weights.leave(node, own)
             return values

@@ -94,7 +94,7 @@ def rules_of(c: configs.Sharding) -> Rules:
             raise ConfigError(f"sharding.rules has no list {unknown[0]}, they are {', '.join(sorted(lists))}")
         rules = Rules(**c.rules)
     zigzag = None if c.zigzag is None else ("cp",) if c.zigzag else ()
-    said = {"reduce": c.reduce, "attention": c.context, "zigzag": zigzag}
+    said: dict[str, Any] = {"reduce": c.reduce, "attention": c.context, "zigzag": zigzag}
     return replace(rules, **{key: value for key, value in said.items() if value is not None})
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fmegatron.nn.attention import Attention, attend, see
+from fmegatron.nn.attention import Attention
+from fmegatron.nn.core import attend, see
 
 SCALE = 0.3
 PLAIN = Attention(scale=SCALE)

@@ -53,6 +53,11 @@ CASES = [
     ("fsdp_tp", {"dp": 2, "tp": 2}),
     ("fsdp_tp_sp", {"dp": 2, "tp": 2}),
     ("zero2_tp_sp", {"dp": 2, "tp": 2}),
+    ("cp_ring", {"cp": 4}),
+    ("cp_ring", {"cp": 2, "tp": 2}),
+    ("cp_ulysses", {"cp": 2, "tp": 2}),  # one key/value head on two ranks: gathered
+    ("cp_ulysses", {"dp": 2, "cp": 2}),
+    ("cp_hierarchical", {"cp": 2, "cpa": 2}),
 ]
 BIG = [
     ("fsdp_tp_sp", {"dp": 2, "cp": 2, "tp": 2}),
