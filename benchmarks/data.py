@@ -162,26 +162,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--memory")
+    parser.add_argument("--index", action="store_true", help="the indices only")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.memory:
         measure_memory(args.memory)
         return
     with tempfile.TemporaryDirectory() as name:
-        text, size = text_rows(Path(name), args.rounds)
-        rows = [*index_rows(args.rounds), *text, *sample_rows(Path(name), args.rounds)]
+        rows, notes = index_rows(args.rounds), list[str]()
+        if not args.index:
+            text, size = text_rows(Path(name), args.rounds)
+            rows += [*text, *sample_rows(Path(name), args.rounds)]
+            seconds = {what: float(np.median(ours)) for what, ours, _ in rows}
+            per_second = 2000 / seconds["rows in Megatron's order"]
+            notes = [f"- tokenizing: {size / seconds[text[0][0]]:.1f} MB/s on one core",
+                     f"- rows of 1,024 tokens: {per_second:,.0f} a second in Megatron's order", ""]  # fmt: skip
     mine, other = memory("ours"), memory("theirs")
     body = [[what, "{:.2f} [{:.2f}, {:.2f}]".format(*report.ratio(ours, theirs)), f"{np.median(ours) * 1e3:.1f}",
              f"{np.median(theirs) * 1e3:.1f}"] for what, ours, theirs in rows]  # fmt: skip
     body.append(["peak memory of the three indices, MB", f"{mine / other:.2f}", f"{mine / 1e6:.1f}", f"{other / 1e6:.1f}"])
-    seconds = {what: float(np.median(ours)) for what, ours, _ in rows}
-    per_second = 2000 / seconds["rows in Megatron's order"]
     what = f"{TOKENS:,} tokens in {DOCUMENTS:,} documents, seq {SEQ}"
-    lines = [f"## {datetime.datetime.now():%Y-%m-%d %H:%M}  `python benchmarks/data.py`", "", report.machine(), "",
+    lines = [f"## {datetime.datetime.now():%Y-%m-%d %H:%M}  `python {' '.join(sys.argv)}`", "", report.machine(), "",
              f"One core a side; index of {what}. Ours / theirs, below 1 is less, median of rounds [95 % interval]:", "",
              *report.table(["", "ours / theirs", "ours ms", "theirs ms"], body), "",
-             f"- tokenizing: {size / seconds[text[0][0]]:.1f} MB/s on one core",
-             f"- rows of 1,024 tokens: {per_second:,.0f} a second in Megatron's order", ""]
+             *notes]
     print("\n".join(lines))
     if args.results:
         args.results.write_text(args.results.read_text() + "\n" + "\n".join(lines))

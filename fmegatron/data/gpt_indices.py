@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 2**15  # documents looked at together: their sizes and ends fit a cache, and are all the memory that is needed
+BLOCK = 2**16  # documents looked at together: their sizes and ends fit a cache, and are all the memory that is needed
 
 
 class GptIndex(NamedTuple):
@@ -106,17 +106,23 @@ def _sample_index(
     index = np.zeros((rows + 1, 2), dtype)
     done, passed = 0, 0  # rows, and tokens, of the blocks before
     for first in range(0, len(order), BLOCK):
-        counts = sizes[order[first : first + BLOCK]]
-        ends = np.cumsum(counts, dtype=np.int64)
+        counts = sizes.take(order[first : first + BLOCK])
+        ends = counts.cumsum(dtype=np.int64)
         ends += passed
         passed = int(ends[-1])
-        within = (ends - extra) // seq_length  # rows up to the end of each document
-        np.clip(within, done, rows, out=within)
-        place = np.repeat(np.arange(len(counts)), np.diff(within, prepend=done))
-        stop = done + len(place)
-        index[done + 1 : stop + 1, 0] = place + first
-        index[done + 1 : stop + 1, 1] = np.arange(done + 1, stop + 1) * seq_length - (ends - counts)[place]
-        done = stop
+        within = np.maximum(ends - extra, 0)  # becomes the rows up to the end of each document, less those done
+        within //= seq_length
+        if within[-1] > rows:
+            np.minimum(within, rows, out=within)
+        count = int(within[-1]) - done
+        within -= done
+        place = np.bincount(within).cumsum()[:count]  # of each row: how many documents of the block end before it
+        found = index[done + 1 : done + count + 1]
+        np.add(place, first, out=found[:, 0], casting="same_kind")
+        ends -= counts
+        starts = np.arange((done + 1) * seq_length, (done + count + 1) * seq_length, seq_length)
+        np.subtract(starts, ends.take(place), out=found[:, 1], casting="same_kind")
+        done += count
     index[done + 1 :] = len(order) - 1, max(int(sizes[order[-1]]) - extra, 0)  # a last sample that is not full
     return index
 
