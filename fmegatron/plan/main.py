@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fmegatron.models import Model
+from fmegatron.plan import search
 from fmegatron.plan.config import PlanConfig
 from fmegatron.plan.estimate import Estimate, estimate
 from fmegatron.plan.hardware import Hardware, hardware
@@ -40,5 +41,9 @@ def least_remat(name: str, run: PlanConfig, model: Model, device: Hardware) -> E
 def main(name: str, table: Table, json: bool = False) -> None:
     """Print the plan of a configuration or a preset."""
     asked = request(name, table)
+    if asked.run.search is not None:
+        plans = search.best(asked, plan, hardware(asked.run.hardware).node)
+        print(f"[{', '.join(map(to_json, plans))}]" if json else search.to_text(plans))
+        return
     found = plan(asked)
     print(to_json(found) if json else to_text(found))

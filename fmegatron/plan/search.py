@@ -1,0 +1,52 @@
+"""The best legal meshes for a number of devices: every (pp, cp, tp) that the model divides over, dp what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from fmegatron.config import ConfigError
+from fmegatron.plan.config import PlanConfig
+from fmegatron.plan.estimate import Estimate
+from fmegatron.plan.options import Request
+from fmegatron.sharding.traffic import columns
+
+
+def candidates(run: PlanConfig, devices: int, node: int) -> Iterator[PlanConfig]:
+    """Runs on every mesh of `devices` ranks with tp inside a node, pp up to 16 and cp up to 8; not all are legal."""
+    sizes = [2**i for i in range(5)]
+    for pp in sizes:
+        for cp in sizes[:4]:
+            for tp in (n for n in sizes if n <= node):
+                if devices % (pp * cp * tp) == 0:
+                    mesh = replace(run.mesh, pp=pp, cp=cp, tp=tp, fsdp=1, ep=1, dp=devices // (pp * cp * tp))
+                    yield replace(run, mesh=mesh, gpus=devices)
+
+
+def best(asked: Request, plan: Callable[[Request], Estimate], node: int) -> list[Estimate]:
+    """Plans that fit, the fastest first. Raises ConfigError where no mesh is legal, or none fits."""
+    assert asked.run.search is not None
+    found, closest = [], ""
+    for run in candidates(asked.run, asked.run.search, node):
+        try:
+            made = plan(replace(asked, run=run))
+        except ValueError as error:
+            closest = closest or str(error)
+            continue
+        found.append(made)
+    fitting = sorted((made for made in found if made.fits), key=lambda made: -made.tokens_per_second_per_rank)
+    if not fitting:
+        least = min(found, key=lambda made: made.memory_bytes, default=None)
+        said = f"the smallest needs {least.memory_bytes / 1e9:.1f} GB a rank" if least else closest
+        raise ConfigError(f"search = {asked.run.search}: no mesh is legal and fits: {said}")
+    return fitting[: asked.run.show]
+
+
+def to_text(plans: list[Estimate]) -> str:
+    """One line a mesh."""
+    cells = [["mesh", "remat", "GB a rank", "step s", "MFU", "binds"]]
+    for made in plans:
+        mesh = " x ".join(f"{axis}={n}" for axis, n in made.mesh.items()) or "one device"
+        numbers = [f"{made.memory_bytes / 1e9:.1f}", f"{made.step_seconds:.3f}", f"{made.mfu:.1%}"]
+        cells.append([mesh, made.remat, *numbers, made.binds])
+    return "\n".join(columns(cells, 2))
