@@ -163,7 +163,10 @@ def test_there_and_back(name, tmp_path):
     assert_close(again.logits(tree.map(torch.Tensor.double, loaded), tokens), logits, "logits")
 
 
-@pytest.mark.parametrize("name", sorted(f"{family}:{size}" for family, (_, sizes) in PRESETS.items() for size in sizes))
+THEIRS = [f"{family}:{size}" for family, (_, sizes) in PRESETS.items() for size in sizes if family != "gpt"]  # Megatron's own
+
+
+@pytest.mark.parametrize("name", THEIRS)
 def test_every_preset_has_a_config(name):
     plain = describe(config(name))
     text = json.dumps(plain)
