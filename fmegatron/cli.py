@@ -74,6 +74,8 @@ class Pipelines:
     weights: float = option(1.0, "duration of its weight gradients", at_least=0)
     send: float = option(0.0, "duration of a transfer to the next rank", at_least=0)
     picture: str | None = option(None, "a .png or .svg to draw the timelines in")
+    measure: str | None = option(None, "a preset (llama3:debug) of which a step is run here, one layer a stage, and shown too")
+    seq: int = option(128, "tokens in a sample of that step", at_least=2)
 
 
 def train(words: Sequence[str], table: toml.Table, json: bool) -> None:

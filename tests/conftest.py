@@ -23,7 +23,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "models": 150,
     "optim": 120,
     "data": 150,
-    "train": 300,
+    "train": 360,
     "kernels": 30,
     "inference": 60,
     "plan": 90,

@@ -19,6 +19,7 @@ from fmegatron.testing import assert_trees_all_close
 from fmegatron.testing.invariance import NAMES, whole_leaves
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.pipeline.layout import parse_layout
+from fmegatron.train.pipeline.measure import gather, together
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.pipeline.timeline import measured
@@ -76,6 +77,14 @@ def run(case):
     assert_trees_all_close(metrics, expected_metrics, 1e-12)
     bars = measured(name, marks[-len(schedule.actions[plan.placed.rank]) :])
     assert tuple(bar.action for bar in bars.bars) == schedule.actions[plan.placed.rank]
+    marks.clear()
+    together()
+    make_step(net, LEARN, sh, pipeline=pipeline, **given)(state, {k: shard(plan.sh, x, NAMES[k]) for k, x in batch(8).items()})
+    if sizes["pp"] == dist.get_world_size():
+        timeline = gather("processes", marks, 0.0)  # one machine, one clock
+        assert tuple(tuple(bar.action for bar in timeline.row(rank)) for rank in range(timeline.ranks)) == schedule.actions
+        ends = {bar.action: bar.end for bar in timeline.bars}
+        assert all(ends[need] <= bar.start for bar in timeline.bars for need in schedule.needs(bar.action))
     held_out = batch(9)
     got = make_evaluate(net, sh, pipeline=pipeline)(state.params, {k: shard(plan.sh, x, NAMES[k]) for k, x in held_out.items()})
     assert_trees_all_close(got, make_evaluate(net, SINGLE)(expected.params, held_out), 1e-12)

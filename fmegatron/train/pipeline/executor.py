@@ -75,8 +75,9 @@ class Execution:
             else:
                 self.transport.flush()
                 work = {"F": self.forward, "B": self.backward, "I": self.inputs, "W": self.weights}[action.kind]
+                came = self.arrived(action)  # waiting is not computing
                 with self.marked(rank, action):
-                    work(stage, microbatch)
+                    work(stage, microbatch, came)
         self.transport.finish()
         assert not (self.flights or self.inbox or self.outbox), "the schedule left something undone"
 
@@ -92,9 +93,9 @@ class Execution:
         marks.append((rank, action, start, _clock()))
 
     # -- computations -----------------------------------------------------------------------------------------------
-    def forward(self, stage: int, microbatch: int) -> None:
+    def forward(self, stage: int, microbatch: int, payload: Payload) -> None:
         """F."""
-        came, moving = self._take(Action(stage, "RECV_F", microbatch)) if stage else NOTHING
+        came, moving = payload
         nodes, values, moved = self.placed.nodes[stage], {**self.parts[microbatch], **came}, moving
         if self.evaluate is not None:
             values = self.evaluate(nodes, values)
@@ -111,16 +112,18 @@ class Execution:
             live = {name: values[name] for name in self.placed.live[stage] if name in values}
             self._give(Action(stage, "SEND_F", microbatch), (live, moved & live.keys()))
 
-    def backward(self, stage: int, microbatch: int) -> None:
+    def backward(self, stage: int, microbatch: int, payload: Payload) -> None:
         """B."""
-        flight = self._arrived(stage, microbatch)
+        flight = self.flights[stage, microbatch]
+        flight.step.cotangents.update(payload[0])
         walk_backward(flight.tape, flight.step)
         self._return(stage, microbatch, flight)
         del self.flights[stage, microbatch]
 
-    def inputs(self, stage: int, microbatch: int) -> None:
+    def inputs(self, stage: int, microbatch: int, payload: Payload) -> None:
         """I."""
-        flight = self._arrived(stage, microbatch)
+        flight = self.flights[stage, microbatch]
+        flight.step.cotangents.update(payload[0])
 
         def pull(ran: Ran, step: Step, freed: bool) -> None:
             backward_inputs(ran, step, freed)
@@ -129,18 +132,11 @@ class Execution:
         walk_backward(flight.tape, flight.step, pull)
         self._return(stage, microbatch, flight)
 
-    def weights(self, stage: int, microbatch: int) -> None:
+    def weights(self, stage: int, microbatch: int, payload: Payload) -> None:
         """W."""
         flight = self.flights.pop((stage, microbatch))
         while flight.halves:
             backward_weights(flight.halves.pop(0), flight.step)
-
-    def _arrived(self, stage: int, microbatch: int) -> Flight:
-        """A flight with the cotangents of what it sent on."""
-        flight = self.flights[stage, microbatch]
-        if stage + 1 < len(self.placed.stages):
-            flight.step.cotangents.update(self._take(Action(stage, "RECV_B", microbatch))[0])
-        return flight
 
     def _return(self, stage: int, microbatch: int, flight: Flight) -> None:
         """Send back the cotangents of what came."""
@@ -158,8 +154,13 @@ class Execution:
         else:
             self.outbox[action] = payload
 
-    def _take(self, action: Action) -> Payload:
-        return self.inbox.pop(action)()
+    def arrived(self, action: Action) -> Payload:
+        """What a computation needs of another stage, once it is here: values, or cotangents of those that were sent."""
+        first, last = action.stage == 0, action.stage + 1 == len(self.placed.stages)
+        if action.kind == "W" or (first if action.kind == "F" else last):
+            return NOTHING
+        kind: Kind = "RECV_F" if action.kind == "F" else "RECV_B"
+        return self.inbox.pop(Action(action.stage, kind, action.microbatch))()
 
 
 def plan_visits(placed: Placed, remat: Remat, weights: Weights, forward_only: int | None = None) -> list[Node]:

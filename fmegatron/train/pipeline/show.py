@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fmegatron.models import preset
 from fmegatron.train.pipeline import formulas
 from fmegatron.train.pipeline.draw import draw
+from fmegatron.train.pipeline.measure import measure as run
 from fmegatron.train.pipeline.schedules import SCHEDULES, make_schedule
 from fmegatron.train.pipeline.timeline import Durations, Timeline, simulate
 
@@ -19,10 +21,13 @@ def main(
     weights: float,
     send: float,
     picture: str | None = None,
+    measure: str | None = None,
+    seq: int = 128,
     json: bool = False,
 ) -> None:
     """Print the timelines of schedules, with bubble, peak activations and their formulas; draw them if asked.
 
+    measure: a preset of which a step is run here, with one layer a stage, and shown beside each schedule. seq: its tokens.
     forward, inputs, weights: of all layers of a rank, so that schedules of one and of several stages a rank compare.
     """
     names = list(SCHEDULES) if pipeline == "all" else pipeline.split(",")
@@ -34,6 +39,9 @@ def main(
         timelines.append(simulate(schedule, durations))
         expected = formulas.bubble(name, ranks, stages, microbatches, durations)
         lines.append("no formula for these sizes and durations" if expected is None else f"bubble by formula {expected:.1%}")
+        if measure is not None:
+            timelines.append(run(preset(measure, layers=schedule.stages), schedule, seq))
+            lines.append("each computation as long as it took here, ranks side by side")
     if json:
         print("[" + ",\n".join(timeline.json() for timeline in timelines) + "]")
     else:

@@ -8,8 +8,18 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from fmegatron.train.pipeline.schedule import Action, Schedule, sends
+
+
+class Times(Protocol):
+    """How long a schedule's computations take, and a send."""
+
+    @property
+    def send(self) -> float: ...
+
+    def of(self, action: Action) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Timeline:
         return row
 
 
-def simulate(schedule: Schedule, durations: Durations | None = None) -> Timeline:
+def simulate(schedule: Schedule, durations: Times | None = None, name: str = "", unit: str = "") -> Timeline:
     """The timeline of ranks that each take their actions in order, as soon as what these need has come.
 
     Sends take `durations.send` and keep no rank from computing.
@@ -131,7 +141,7 @@ def simulate(schedule: Schedule, durations: Durations | None = None) -> Timeline
         free[rank] = end = start + durations.of(action)
         times[action] = start, end
         bars.append(Bar(rank, action, start, end))
-    return Timeline(schedule.name, tuple(bars))
+    return Timeline(name or schedule.name, tuple(bars), unit)
 
 
 def measured(name: str, marks: Sequence[tuple[int, Action, float, float]]) -> Timeline:

@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import optim, tree
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, thread_mesh, virtual_mesh
 from fmegatron.testing import assert_trees_all_close, measure
 from fmegatron.train.pipeline.layout import parse_layout
+from fmegatron.train.pipeline.measure import replay
 from fmegatron.train.pipeline.schedules import SCHEDULES, make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.pipeline.timeline import measured
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step, value_and_grad
 
@@ -185,15 +188,51 @@ def test_activations_alive_are_the_schedules(name, ranks, microbatches):
 
 
 def test_marks_are_a_timeline_of_the_run():
-    from fmegatron.train.pipeline.timeline import measured
     schedule = make_schedule("zb_h1", 2, None, 4)
     marks = []
     plan = plan_step(model(), SINGLE, pipeline=Pipeline(schedule, marks=marks))
     with torch.no_grad():
         value_and_grad(plan, plan.sh, model().init(0), batch())
     timeline = measured("a run", marks)
+    side_by_side = replay(schedule, marks)
+    busy = sum(end - start for _, _, start, end in marks) * 1e3
+    assert sum(map(side_by_side.busy, range(2))) == pytest.approx(busy) and side_by_side.span <= timeline.span
+    assert side_by_side.peaks() == schedule.peaks() and side_by_side.unit == " ms"
     assert tuple(tuple(bar.action for bar in timeline.row(rank)) for rank in range(2)) == schedule.actions
     assert timeline.peaks() == schedule.peaks() and timeline.unit == " ms" and timeline.bubble > 0
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the computation that they belong to."""
+
+    def __init__(self, marks):
+        super().__init__()
+        self.marks, self.seen = marks, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.seen.append(len(self.marks))
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_half_of_a_backward_has_its_own_products():
+    """Seven weights a layer, and attention's fused kernel, which has no weight: F 7, I 7, W 7, B 14."""
+    found = {}
+    for name in ("zb_h1", "1f1b"):
+        marks = []
+        net, schedule = model(mlp=12, loss_chunks=0), make_schedule(name, 4, None, 4)
+        plan = plan_step(net, SINGLE, pipeline=Pipeline(schedule, marks=marks))
+        with torch.no_grad(), Products(marks) as products:
+            value_and_grad(plan, plan.sh, net.init(0), batch())
+        for i, (rank, action, _, _) in enumerate(marks):
+            if rank == 1:  # one layer, no embedding, no loss
+                found.setdefault((name, action.kind), set()).add(products.seen.count(i))
+            if rank == 3:
+                found.setdefault((name, action.kind, "loss"), set()).add(products.seen.count(i))
+    weights = found["1f1b", "F"].pop()
+    assert found["1f1b", "B"] == {2 * weights} and weights == 7
+    assert [found["zb_h1", kind] for kind in "FIW"] == [{weights}] * 3
+    assert [found["zb_h1", kind, "loss"] for kind in "FIW"] == [{weights + 1}] * 3
 
 
 def test_refused_in_one_line():

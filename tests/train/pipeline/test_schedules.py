@@ -180,6 +180,8 @@ def test_explain_prints_and_draws(tmp_path, capsys):
         assert (tmp_path / f"a{suffix}").read_bytes().startswith(start)
     out = capsys.readouterr().out
     assert "1f1b: 2 ranks, 2 stages; span 17.5, bubble 25.0%, peak activations 2 1" in out and "bubble by formula 25.0%" in out
+    assert cli.main("explain --pipeline zb_h1 --ranks 2 --microbatches 2 --measure llama3:debug --seq 4".split()) == 0
+    assert "zb_h1, measured: 2 ranks, 2 stages; span" in capsys.readouterr().out
     assert cli.main(["explain", "--pipeline", "all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in found] == list(SCHEDULES) and found[0]["bars"][0]["action"] == "0F0"
