@@ -1,7 +1,7 @@
 """Several tensors on their ways at once: what goes along one axis by one kind of collective travels in one bucket.
 
     finish = start(tensors, plans, rank)     issues the first collective where the mesh can run it in the background
-    tensors = finish()                       waits, and does the rest
+    tensors = finish(None)                   waits, and does the rest
 
 A block's parameters are gathered so, and its gradients scattered: one collective an axis, however many leaves.
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from fmegatron.sharding.collectives import AllGather, AllToAll, AlongDim, Op, Psum, ReduceScatter, apply
 
 Plan = tuple[Op, ...]
+Into = Sequence[Tensor | None]
+Finish = Callable[[Into | None], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,23 @@ class Wire:
 
 def start(
     xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
-) -> Callable[[], list[Tensor]]:
+) -> Finish:
     """Send each tensor through the ops of its plan; returns a function that waits for the results.
 
     limit: most elements in a bucket; None is no limit. wire: of sums; None is in the tensors' own dtype. Not
-    differentiable: for parameters and finished gradients.
+    differentiable: for parameters and finished gradients. What was gathered has memory of its own, not a bucket's; the
+    function takes tensors to gather into instead (None where a tensor's plan has no gather last).
     """
     now, left = list(xs), [list(plan) for plan in plans]
     first = _next_group(now, left, limit)
     pending = _issue(now, left, first, rank, wire) if first else None
 
-    def finish() -> list[Tensor]:
+    def finish(into: Into | None = None) -> list[Tensor]:
         group, results = first, pending
         while group:
             assert results is not None
-            for i, y in zip(group, results(), strict=True):
+            ends = [into[i] if into is not None and len(left[i]) == 1 else None for i in group]
+            for i, y in zip(group, results(ends), strict=True):
                 now[i] = y
                 left[i].pop(0)
             group = _next_group(now, left, limit)
@@ -61,7 +65,7 @@ def run_together(
     xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
 ) -> list[Tensor]:
     """`start` and finish at once."""
-    return start(xs, plans, rank, limit, wire)()
+    return start(xs, plans, rank, limit, wire)(None)
 
 
 def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | None) -> list[int]:
@@ -85,17 +89,17 @@ def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | Non
 
 def _issue(
     xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None, wire: Wire | None
-) -> Callable[[], list[Tensor]]:
+) -> Callable[[Into], list[Tensor]]:
     """Issue the group's common op; the returned function waits for the tensors."""
     assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
     ops, mine = [left[i][0] for i in group], [xs[i] for i in group]
     axis = ops[0].axis
     if len(group) == 1 and (wire is None or not isinstance(ops[0], ReduceScatter | Psum)):
         wait = issue(mine[0], ops[0], rank)
-        return lambda: [wait()]
+        return lambda into: [wait() if into[0] is None else into[0].data.copy_(wait())]
     if isinstance(ops[0], ReduceScatter):
         pieces = [op.cut(x) for op, x in zip(ops, mine, strict=True) if isinstance(op, AlongDim)]
-        flat = torch.cat([p.reshape(axis.size, -1) for p in pieces], 1).reshape(-1)
+        flat = _pack(pieces) if axis.transport.background else torch.cat([p.flatten(1) for p in pieces], 1).reshape(-1)
         shapes = [p.shape[1:] for p in pieces]
         wait = _issue_sum(flat, ReduceScatter(axis, 0), rank, wire)
     else:
@@ -105,17 +109,33 @@ def _issue(
         wait = issue(flat, AllGather(axis, 0), rank) if gathers else _issue_sum(flat, Psum(axis), rank, wire)
     sizes = [shape.numel() for shape in shapes]
 
-    def results() -> list[Tensor]:
+    def results(into: Into) -> list[Tensor]:
         if not isinstance(ops[0], AllGather):
+            assert all(x is None for x in into), "sums have buckets of their own"
             return [part.reshape(shape) for part, shape in zip(wait().split(sizes), shapes, strict=True)]
         parts = wait().reshape(axis.size, -1).split(sizes, 1)
-        return [
-            op.join(part.reshape(axis.size, *shape))
-            for op, part, shape in zip(ops, parts, shapes, strict=True)
-            if isinstance(op, AlongDim)
-        ]
+        blocks = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [_join(op, b, x) for op, b, x in zip(ops, blocks, into, strict=True) if isinstance(op, AlongDim)]
 
     return results
+
+
+def _pack(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [n, ...] of several tensors in one flat bucket, block by block; each is copied once."""
+    n, sizes = pieces[0].shape[0], [p[0].numel() for p in pieces]
+    flat = pieces[0].new_empty(n * sum(sizes))
+    for part, p in zip(flat.view(n, -1).split(sizes, 1), pieces, strict=True):
+        part.unflatten(1, p.shape[1:]).copy_(p)
+    return flat
+
+
+def _join(op: AlongDim, blocks: Tensor, into: Tensor | None) -> Tensor:
+    """Blocks as a whole dim, in memory of its own, or in `into`'s: a view would keep the whole bucket."""
+    pieces, dim = blocks.movedim(0, op.dim), op.dim
+    shape = [*pieces.shape[:dim], pieces.shape[dim] * pieces.shape[dim + 1], *pieces.shape[dim + 2 :]]
+    whole = pieces.new_empty(shape) if into is None else into.data
+    whole.unflatten(dim, (op.axis.size, -1)).copy_(pieces)
+    return whole
 
 
 def issue(x: Tensor, op: Op, rank: Tensor) -> Callable[[], Tensor]:

@@ -37,11 +37,11 @@ class Gradients:
         moving = [leaf.path for name, leaf in own.items() if leaf.scatter]
         shards = [values[name] for name in own]
         shards = [x.to(self.dtypes[leaf.path]) if leaf.scatter else x for x, leaf in zip(shards, own.values(), strict=True)]
+        self.flush()  # before another bucket is made: two would be memory
         finish = start(shards, [leaf.scatter for leaf in own.values()], self.sh.rank, wire=self.wire)
-        self.flush()
 
         def store() -> None:
-            for leaf, x in zip(own.values(), finish(), strict=True):
+            for leaf, x in zip(own.values(), finish(None), strict=True):
                 self._store(leaf, node.layer if leaf.stacked else None, x)
 
         if moving:

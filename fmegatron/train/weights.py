@@ -9,7 +9,7 @@ A `Reshard` names the nodes that are not freed before their backward is over: me
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.models.model import Node
 from fmegatron.sharding import Sharding
-from fmegatron.sharding.bucket import start
+from fmegatron.sharding.bucket import Finish, start
 from fmegatron.train.leaves import Leaf
 from fmegatron.tree import Tree
 
@@ -78,7 +78,7 @@ class Weights:
         self.kept: dict[int, Tree] = {}  # by a node's number: gathered, and not freed before its backward
         self.visits: deque[Node] = deque()
         self.ahead = ahead
-        self.pending: deque[tuple[Node, Callable[[], list[Tensor]]]] = deque()
+        self.pending: deque[tuple[Node, Finish]] = deque()
         self.whole: dict[str, Tensor] = {}  # leaves that need no gather, cast once for the whole step
 
     def plan(self, visits: Sequence[Node]) -> None:
@@ -110,10 +110,7 @@ class Weights:
         """The parameters of the next visit, which must be to `node`; or what was kept of its last one."""
         if node.index in self.kept:
             return self.kept[node.index]
-        self._start_more()
-        planned, finish = self.pending.popleft()
-        assert planned is node, "the step left its planned order of visits"
-        values = finish()
+        values = self._next(node)(None)
         own: Tree = tree.from_paths(dict(zip(node_leaves(node, self.leaves), values, strict=True)))
         if self.keeps(node):
             self.kept[node.index] = own
@@ -129,11 +126,19 @@ class Weights:
 
     def restore(self, node: Node, own: Tree) -> None:
         """Gather a node's parameters again, into the tensors that were freed."""
-        fresh = self.take(node)
-        for x, y in zip(self._freeable(node, own), self._freeable(node, fresh), strict=True):
-            if x.untyped_storage().size() == 0:  # leaves whose shards have a dim of 1 may be views of one bucket
-                x.untyped_storage().resize_(y.untyped_storage().size())
-            x.data.copy_(y)
+        finish, freed = self._next(node), self._freeable(node, own)
+        for x in freed:
+            last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            x.untyped_storage().resize_((last + 1) * x.element_size())
+        ready = iter(freed)
+        finish([next(ready) if leaf.gather else None for leaf in node_leaves(node, self.leaves).values()])
+
+    def _next(self, node: Node) -> Finish:
+        """The gather of the next visit, which must be to `node`, and which is under way; others are started behind it."""
+        self._start_more()
+        planned, finish = self.pending.popleft()
+        assert planned is node, "the step left its planned order of visits"
+        return finish
 
     def _freeable(self, node: Node, own: Tree) -> list[Tensor]:
         if not self.free:

@@ -80,8 +80,8 @@ def test_events_tell_what_is_under_way_while_a_program_goes_on():
     rank = torch.zeros((), dtype=torch.int64, device="meta")
     x = torch.empty(4, device="meta")
     finish = start([x, x], [(AllGather(mesh["dp"], 0), Psum(mesh["tp"]))] * 2, rank)
-    start([x], [(Psum(mesh["tp"]),)], rank)()
-    finish()
+    start([x], [(Psum(mesh["tp"]),)], rank)(None)
+    finish(None)
     assert [event[:3] for event in traffic.events[0]] == [
         ("issue", "all_gather", "dp"),
         ("issue", "all_reduce", "tp"),
@@ -97,7 +97,7 @@ def test_leaves_that_lie_differently_share_their_collectives():
     rank = torch.zeros((), dtype=torch.int64, device="meta")
     dp, cp = mesh["dp"], mesh["cp"]
     plans = [(AllGather(dp, 0),), (AllGather(cp, 0), AllGather(dp, 0)), (AllGather(cp, 1), AllGather(dp, 0))]
-    start([torch.empty(4, 4, device="meta")] * 3, plans, rank)()
+    start([torch.empty(4, 4, device="meta")] * 3, plans, rank)(None)
     assert {key: count for key, (count, _) in traffic.counts().items()} == {("all_gather", "cp"): 1, ("all_gather", "dp"): 1}
 
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import random, tree
 from fmegatron.models.gpt import Config, gpt
+from fmegatron.plan.meter import Meter
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard, thread_mesh, virtual_mesh
 from fmegatron.sharding.bucket import Wire, run_together
 from fmegatron.sharding.collectives import Psum, ReduceScatter
@@ -188,3 +189,24 @@ def test_the_hash_sees_values_and_their_order():
     assert hash_of(x) == hash_of(x.clone()) != hash_of(x.flip(0))
     assert hash_of(torch.zeros(3)) != hash_of(-torch.zeros(3)) and hash_of(torch.zeros(3)) != hash_of(torch.zeros(4))
     assert hash_of(x.bfloat16()) != hash_of(x.half())
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prefetch, blocks", [(0, 4), (1, 5)])
+def test_a_step_holds_its_shards_and_a_few_whole_blocks(prefetch, blocks):
+    """Parameters of a block, its gradients, the bucket of the last ones on their way, and what is gathered ahead."""
+    wide = gpt(Config(layers=6, embed=64, heads=4, mlp=512, vocab=64, loss_chunks=1))
+    mesh = with_transports(abstract_mesh(dp=4), {"dp": Background()})
+    plan = plan_step(wide, Sharding(mesh, RULES["fsdp"]), prefetch=prefetch)
+    here, tokens = plan.sh.at(torch.tensor(0)), torch.zeros(1, 2, dtype=torch.int64)  # activations of next to nothing
+    params = init_params(wide, here, plan.leaves, random.key(0), torch.float32)
+    with Meter() as meter, torch.no_grad():
+        meter.hold(tree.leaves(params))
+        grads, _ = value_and_grad(plan, here, params, {"tokens": tokens, "labels": tokens})
+
+    def held(values):
+        return sum(x.numel() * x.element_size() for x in values)
+
+    stacked = [x for leaf, x in zip(plan.leaves.values(), tree.leaves(params), strict=True) if leaf.stacked]
+    over = max(meter.peaks.values()) - held(tree.leaves(params)) - held(tree.leaves(grads))
+    assert over < blocks * mesh.size * held(stacked) / 6
