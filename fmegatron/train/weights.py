@@ -129,7 +129,7 @@ class Weights:
         finish, freed = self._next(node), self._freeable(node, own)
         for x in freed:
             last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            x.untyped_storage().resize_((last + 1) * x.element_size())
+            x.untyped_storage().resize_(int(last + 1) * x.element_size())
         ready = iter(freed)
         finish([next(ready) if leaf.gather else None for leaf in node_leaves(node, self.leaves).values()])
 
