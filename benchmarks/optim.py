@@ -1,0 +1,107 @@
+"""Optimizer steps against the machine's copy and torch's fused AdamW, in one process, by turns.
+
+    python benchmarks/optim.py [--elements 4000000] [--rounds 15] [--to benchmarks/RESULTS.md]
+
+A step's bytes are what it must read and write at least: the gradient once, parameter and each slot twice, fp32. Each round runs
+copy, torch's AdamW(fused=True), and each of ours once (compiled and donating), in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from report import machine, ratio, table  # noqa: E402
+
+from fmegatron import optim, tree  # noqa: E402
+
+OURS = ("adamw", "sgd", "lion", "qhadamw", "adopt", "aggmo_adopt", "adafactor")
+COLUMNS = 512
+
+
+def contestants(elements: int, names: Sequence[str] = OURS) -> dict[str, tuple[Callable[[], object], int]]:
+    """{name: (one step, its bytes)}; each holds memory of its own."""
+    shape = (max(elements // COLUMNS // 4, 1), COLUMNS)
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {f"w{i}": torch.randn(shape) * 0.02 for i in range(4)}
+
+    size = 4 * 4 * shape[0] * shape[1]
+    source, target = torch.randn(size // 4), torch.empty(size // 4)
+    weights = [torch.nn.Parameter(x) for x in draw().values()]
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    theirs = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1, fused=True)
+    found: dict[str, tuple[Callable[[], object], int]] = {
+        "copy": (lambda: target.copy_(source), 2 * size), "torch fused AdamW": (theirs.step, 7 * size)}
+    for name in names:
+        found[name] = ours(name, draw)
+    return found
+
+
+def ours(name: str, draw: Callable[[], dict[str, torch.Tensor]]) -> tuple[Callable[[], object], int]:
+    """A compiled, donating step, and its bytes."""
+    more = {"betas": (0.9, 0.99, 0.95), "vs": (0.5, 0.3)} if name == "aggmo_adopt" else {}
+    tx = getattr(optim, name)(1e-3, **more)
+    step = optim.fuse(tx)
+    params, grads = draw(), draw()
+    held = [params, tx.init(params)]
+    moved = 3 * _bytes(params) + 2 * _bytes(held[1])
+
+    def run() -> None:
+        held[:] = step(grads, held[1], held[0], donate=True)
+
+    return run, moved
+
+
+def _bytes(values: object) -> int:
+    return sum(x.numel() * x.element_size() for x in tree.leaves(values))
+
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]:
+    """Race, print, and add the tables to a file; {name: ratio of seconds to torch's fused AdamW}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=4_000_000)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default=",".join(OURS))
+    parser.add_argument("--note", default="one thread", help="what a reader must know of the machine's state")
+    parser.add_argument("--to", type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    runs = contestants(args.elements, args.only.split(","))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(args.rounds + 2):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            begin = time.perf_counter()
+            runs[name][0]()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+    rate = {name: [runs[name][1] / s for s in found] for name, found in seconds.items()}
+    against = {name: ratio(seconds[name], seconds["torch fused AdamW"]) for name in names}
+    body = []
+    for name in names[1:]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*pair) for pair in (against[name], ratio(rate[name], rate["copy"]))]
+        body.append([name, *cells, f"{np.median(seconds[name]) * 1e3:.1f}", f"{np.median(rate[name]) / 1e9:.1f}"])
+    head = ["optimizer", "time / torch fused AdamW", "bytes a second / copy", "ms", "GB/s"]
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    given = f"--elements {args.elements} --rounds {args.rounds} --only {args.only}"
+    lines = [f"## {now}  `python benchmarks/optim.py {given}`", "", machine(), "",
+             f"{args.elements:,} fp32 elements in four matrices; medians over rounds [95 % interval]; {args.note}:", "",
+             *table(head, body), ""]
+    print("\n".join(lines))
+    if args.to:
+        args.to.write_text(args.to.read_text() + "\n" + "\n".join(lines))
+    return against
+
+
+if __name__ == "__main__":
+    main()
