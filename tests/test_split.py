@@ -55,6 +55,11 @@ def shared(wrt, rest):
     return {"y": (x @ w @ half).sin() @ w.t() + (x @ half) * w[0]}
 
 
+def twice(wrt, rest):
+    """One weight, one use right behind the other."""
+    return {"y": (wrt["reads"]["x"] @ wrt["own"]["w"]).sin() @ wrt["own"]["w"]}
+
+
 def no_input(wrt, rest):
     return {"y": wrt["own"]["table"][rest["ids"]] * 2}
 
@@ -73,6 +78,7 @@ CASES = {
     "mlp": lambda: (mlp, {"own": {"up": double(4, 6), "gate": double(6, 4), "down": double(6, 4)},
                           "reads": {"x": double(5, 4)}}, {"bias": double(4)}),
     "shared": lambda: (shared, {"own": {"w": double(4, 4), "v": double(4, 4)}, "reads": {"x": double(4, 4)}}, {}),
+    "twice": lambda: (twice, {"own": {"w": double(4, 4)}, "reads": {"x": double(4, 4)}}, {}),
     "no input": lambda: (no_input, {"own": {"table": double(5, 3)}, "reads": {}}, {"ids": torch.tensor([1, 1, 4])}),
     "two outputs": lambda: (two_outputs, {"own": {"w": double(4, 6), "s": double(3)}, "reads": {"x": double(2, 4)}}, {}),
 }  # fmt: skip

@@ -235,6 +235,17 @@ def test_each_half_of_a_backward_has_its_own_products():
     assert [found["zb_h1", kind, "loss"] for kind in "FIW"] == [{weights + 1}] * 3
 
 
+def test_only_some_microbatches_are_computed_again():
+    marks, net = [], model(loss_chunks=0)
+    pipeline = Pipeline(make_schedule("1f1b", 4, None, 4), remat_microbatches=1, marks=marks)
+    plan = plan_step(net, SINGLE, pipeline=pipeline, remat="full")
+    with torch.no_grad(), Products(marks) as products:
+        value_and_grad(plan, plan.sh, net.init(0), batch())
+    count = {action.microbatch: products.seen.count(i) for i, (rank, action, _, _) in enumerate(marks)
+             if rank == 1 and action.kind == "B"}  # fmt: skip
+    assert count == {0: 21, 1: 14, 2: 14, 3: 14}
+
+
 def test_refused_in_one_line():
     net, split = model(), Pipeline(make_schedule("zbv", 2, None, 4))
     with pytest.raises(ValueError, match="schedule zbv splits backwards, which a vmap cannot: use threads"):
