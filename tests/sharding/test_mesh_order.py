@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmegatron.sharding.zigzag import chunks, places, unzigzag, zigzag
 
 from fmegatron.sharding import RULES, Sharding, abstract_mesh, shard, unshard, virtual_mesh
+from fmegatron.sharding.zigzag import chunks, places, unzigzag, zigzag
 
 
 def groups(mesh, axis):
