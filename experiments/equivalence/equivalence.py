@@ -1,4 +1,4 @@
-"""Every preset on every mesh of 8 ranks against one device: a Markdown table, a heat map, the worst figure as the last line.
+"""Every preset on every mesh of 8 ranks, pipelines too, against one device: a table, a heat map, the worst figure as last line.
 
     python experiments/equivalence/equivalence.py --folder runs/equivalence        (make equivalence)
 
@@ -16,36 +16,31 @@ import numpy as np
 from matplotlib import pyplot as plt
 from rich.progress import track
 
-from fmegatron.testing.equivalence import Result, cases, compare, reference
-from fmegatron.testing.formula import Case
+from fmegatron.testing.equivalence import Result, Way, compare, reference, ways
 
 TOLERANCE = 1e-10
-Table = list[tuple[Case, Result]]
-
-
-def mesh_of(case: Case) -> str:
-    """ "dp2 tp4"."""
-    return " ".join(f"{axis}{size}" for axis, size in case.sizes.items())
+Table = list[tuple[Way, Result]]
 
 
 def markdown(results: Table) -> str:
     """The table, a line a case."""
-    lines = ["| rules | mesh | microbatches | remat | loss | gradients | parameters after 5 steps | traffic |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for case, found in results:
+    lines = ["| rules | mesh | schedule | microbatches | remat | loss | gradients | parameters after 5 steps | traffic |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for way, found in results:
         errors = " | ".join(f"{x:.1e}" for x in (found.loss, found.gradients, found.parameters))
         traffic = "= formula" if found.traffic else "differs"
-        lines.append(f"| {case.rules} | {mesh_of(case)} | {case.m} | {case.remat} | {errors} | {traffic} |")
+        case = way.case
+        lines.append(f"| {case.rules} | {way.mesh} | {way.schedule} | {case.m} | {case.remat} | {errors} | {traffic} |")
     return "\n".join(lines) + "\n"
 
 
 def heat_map(results: Table, file: Path) -> None:
     """The largest error of each case, rules by meshes; a cross where the traffic is not the formula's."""
-    rules, meshes = list(dict.fromkeys(c.rules for c, _ in results)), sorted({mesh_of(c) for c, _ in results})
+    rules, meshes = list(dict.fromkeys(way.case.rules for way, _ in results)), sorted({way.mesh for way, _ in results})
     errors = np.full((len(rules), len(meshes)), np.nan)
     figure, axes = plt.subplots(figsize=(2 + 0.42 * len(meshes), 1.8 + 0.3 * len(rules)), layout="constrained")
-    for case, found in results:
-        row, column = rules.index(case.rules), meshes.index(mesh_of(case))
+    for way, found in results:
+        row, column = rules.index(way.case.rules), meshes.index(way.mesh)
         errors[row, column] = np.log10(max(found.worst, 1e-17))
         if not found.traffic:
             axes.plot(column, row, "kx")
@@ -67,14 +62,16 @@ def main(arguments: list[str]) -> int:
     matplotlib.use("agg")
     given.folder.mkdir(parents=True, exist_ok=True)
     alone = reference()
-    chosen = cases(8)[:: given.every]
-    results = [(case, compare(case, alone)) for case in track(chosen, "cases", disable=not sys.stderr.isatty())]
+    chosen = ways(8)[:: given.every]
+    results = [(way, compare(way, alone)) for way in track(chosen, "ways", disable=not sys.stderr.isatty())]
     (given.folder / "equivalence.md").write_text(markdown(results), encoding="utf-8")
     heat_map(results, given.folder / "equivalence.png")
-    wrong = [mesh_of(case) for case, found in results if not found.traffic]
+    wrong = [way for way, found in results if not found.traffic]
     worst = max(found.worst for _, found in results)
     print(f"{given.folder}/equivalence.md, equivalence.png")
-    print(f"{len(results)} cases, traffic differs in {len(wrong)}, largest error {worst:.1e}")
+    for way in wrong:
+        print(f"traffic differs: {way}")
+    print(f"{len(results)} ways, traffic differs in {len(wrong)}, largest error {worst:.1e}")
     return int(bool(wrong) or worst > TOLERANCE)
 
 

@@ -71,7 +71,7 @@ def work_of(
     """
     layers = [node for node in model.chain if node.layer is not None]
     period = math.lcm(_period([node.fn for node in layers]), max(parse_remat(remat).every, 1)) if layers else 1
-    many = min(len(layers), period * max(3, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
+    many = min(len(layers), period * max(4, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
     few = many - period if many > period else many
     parts = min(microbatches, 2)
     shared: dict[str, Any] = {"microbatches": parts, "remat": remat, "prefetch": prefetch} | settings

@@ -1,13 +1,14 @@
 """Every legal way to lay a step over a number of ranks, held against one device: values, gradients, training, traffic.
 
     alone = reference()
-    for case in cases(8): print(case, compare(case, alone))
+    for way in ways(8): print(way, compare(way, alone))
 
-`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes.
+`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes; a pipeline's stages in one process.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,39 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing.formula import Case, step_traffic
 from fmegatron.testing.invariance import Measured, assert_same, measure, whole_leaves
+from fmegatron.train.pipeline.schedules import make_schedule
+from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
 
-CONFIG = Config(layers=3, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
+CONFIG = Config(layers=4, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
 BATCH = (8, 16)  # samples, tokens
 STEPS = 5
+
+
+@dataclass(frozen=True)
+class Way:
+    """Rules on a mesh, with microbatches and remat, in `pp` stages that follow a schedule."""
+
+    case: Case
+    pp: int = 1
+    schedule: str = "none"
+
+    @property
+    def mesh(self) -> str:
+        """ "pp2 dp4"."""
+        sizes = {"pp": self.pp, **self.case.sizes} if self.pp > 1 else self.case.sizes
+        return " ".join(f"{axis}{size}" for axis, size in sizes.items())
+
+    def __str__(self) -> str:
+        return f"{self.case.rules} {self.mesh} m={self.case.m} {self.case.remat} {self.schedule}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the step."""
+        if self.pp == 1:
+            return {"microbatches": self.case.m, "remat": self.case.remat}
+        return {"remat": self.case.remat, "pipeline": Pipeline(make_schedule(self.schedule, self.pp, None, self.case.m))}
 
 
 @dataclass(frozen=True)
@@ -44,7 +72,7 @@ class Result:
         return max(self.loss, self.gradients, self.parameters)
 
 
-def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "tp")) -> Iterator[dict[str, int]]:
+def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "cpa", "tp")) -> Iterator[dict[str, int]]:
     """Every way to give `ranks` ranks to axes, those of size 1 left out."""
     if not axes:
         if ranks == 1:
@@ -55,15 +83,33 @@ def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "tp")) -> It
             yield ({axes[0]: size} if size > 1 else {}) | rest
 
 
-def cases(ranks: int) -> list[Case]:
-    """Every preset on every mesh whose axes it names; microbatches and remat vary with the case."""
-    pairs = [(name, sizes) for name, rules in RULES.items() for sizes in meshes(ranks) if sizes.keys() <= rules.axes]
-    found = []
-    for i, (name, sizes) in enumerate(pairs):
-        rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1))
-        m, remat = min(rows, 1 + i % 2), ("none", "full", "every-2", "selective")[i % 4]
-        found.append(Case(name, sizes, CONFIG, BATCH, m, remat, keeps=True))
+def ways(ranks: int) -> list[Way]:
+    """Every preset on every mesh whose axes it names, in 1, 2 and 4 stages; microbatches, remat, schedule vary with the case.
+
+    The axis cpa is for exchanging heads inside of cp: presets without `hierarchical` attention do without it.
+    """
+    found: list[Way] = []
+    for name, rules in RULES.items():
+        axes = rules.axes if rules.attention == "hierarchical" else rules.axes - {"cpa"}
+        for pp in (n for n in (1, 2, 4) if ranks % n == 0):
+            for sizes in meshes(ranks // pp):
+                if sizes.keys() <= axes and divides(sizes, rules.attention):
+                    found.append(_way(name, sizes, pp, len(found)))
     return found
+
+
+def divides(sizes: Mapping[str, int], attention: str) -> bool:
+    """Whether the heads of the model suffice for the ranks that exchange them."""
+    exchanging = {"ulysses": ("tp", "cp", "cpa"), "hierarchical": ("tp", "cpa")}.get(attention, ("tp",))
+    return CONFIG.heads % math.prod(sizes.get(axis, 1) for axis in exchanging) == 0
+
+
+def _way(name: str, sizes: dict[str, int], pp: int, number: int) -> Way:
+    rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1))
+    m, remat = min(rows, 1 + number % 2), ("none", "full", "every-2", "selective")[number // 2 % 4]
+    schedule = {1: ("none",), 2: ("1f1b", "gpipe", "interleaved_1f1b"), 4: ("1f1b", "gpipe")}[pp]
+    case = Case(name, sizes, CONFIG, BATCH, m if pp == 1 else pp, remat, keeps=True)
+    return Way(case, pp, schedule[number % len(schedule)])
 
 
 def batch(seed: int) -> dict[str, Tensor]:
@@ -90,12 +136,12 @@ def reference() -> Reference:
     return Reference(model, measure(model, SINGLE, batch(0)), trained(model, SINGLE, {}))
 
 
-def compare(case: Case, reference: Reference) -> Result:
-    """Run one case and hold it against one device; AssertionError where an activation differs in more than rounding."""
+def compare(way: Way, reference: Reference) -> Result:
+    """Run one way and hold it against one device; AssertionError where an activation differs in more than rounding."""
     model, alone = reference.model, reference.measured
-    mesh, traffic = counted(virtual_mesh(**case.sizes))
+    case, settings = way.case, way.settings
+    mesh, traffic = counted(virtual_mesh(**(case.sizes or {"dp": 1})))
     sh = Sharding(mesh, RULES[case.rules])
-    settings: dict[str, Any] = {"microbatches": case.m, "remat": case.remat}
     here = measure(model, sh, batch(0), expected=alone, **settings)
     assert_same(here, alone, 1e-10)
     after = trained(model, sh, settings)

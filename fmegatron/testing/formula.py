@@ -98,26 +98,30 @@ def context(case: Case) -> None:
     forward, backward = case.m * c.layers * (1 + case.again), case.m * c.layers
     heads = c.heads // case.ranks("tp")
     queries, keys = (case.tokens * k * c.head_dim * F32 for k in (heads, case.kv))
-    kv, length = case.kv, 1  # of the blocks that go around: heads, and pieces of the sequence
+    kv, length = case.kv, 1  # key/value heads as they lie, and pieces of the sequence
+    skipped = (c.kv or c.heads) % case.ranks("tp") != 0  # some axis did not divide the key/value heads
 
     def move(axis: str, ranks: int, exchanged: bool) -> None:
-        """Heads for sequence, or where key/value heads do not divide, the whole sequence."""
-        nonlocal heads, kv, length
+        """Heads for sequence; where key/value heads do not divide on this or an earlier axis they end up whole on it."""
+        nonlocal heads, kv, length, skipped
         length *= ranks
+        divides = exchanged and kv % ranks == 0
         if exchanged:
             case.add("all_to_all", axis, 2 * (forward + backward), queries)  # queries there, the output back
             heads //= ranks
-        if exchanged and kv % ranks == 0:
+        if divides:
             case.add("all_to_all", axis, 2 * (forward + backward), keys * kv // case.kv * length // ranks)
             kv //= ranks
-        else:
+        if skipped or not divides:
             case.add("all_gather", axis, 2 * forward, keys * length)
             case.add("reduce_scatter", axis, 2 * backward, keys * length)
-            kv = 1 if exchanged and (c.heads // (c.kv or c.heads)) % heads == 0 else heads if exchanged else kv
+        skipped = skipped or (exchanged and not divides)
 
     move("cpa", inner, form in ("ulysses", "hierarchical"))
     if form in ("gather", "ulysses"):
         return move("cp", n, form == "ulysses")
+    if skipped:  # each rank has taken those that its queries need
+        kv = 1 if (c.heads // (c.kv or c.heads)) % heads == 0 else heads
     block = 2 * case.tokens * length * kv * c.head_dim * F32
     case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), block)
 

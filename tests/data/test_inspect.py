@@ -85,7 +85,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     out = capsys.readouterr().out
     assert "2 documents, 2 sequences, 16 tokens" in out and "tokens 0 to 6 of 6 ──\nhello\n── document 1" in out
     assert Path("c.lengths.png").is_file()
-    for words, said in (("data", "expected inspect|verify|merge PREFIX, got nothing"),
-                        ("data inspect a b", "expected inspect|verify|merge PREFIX, got inspect a b"),
+    for words, said in (("data", "expected inspect|verify|merge|convert PREFIX, got nothing"),
+                        ("data inspect a b", "expected inspect|verify|merge|convert PREFIX, got inspect a b"),
                         ("data verify gone", "gone.idx does not exist")):  # fmt: skip
         assert cli.main(words.split()) == 2 and said in capsys.readouterr().err

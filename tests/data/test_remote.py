@@ -24,7 +24,8 @@ def bucket() -> Iterator[str]:
     for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1"),
                         ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):  # fmt: skip
         patch.setenv(name, value)
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("corpora")
+    s3fs.S3FileSystem.clear_instance_cache()  # of another server
+    s3fs.S3FileSystem().mkdir("corpora")
     yield "s3://corpora"
     server.stop()
     patch.undo()

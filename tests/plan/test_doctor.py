@@ -141,7 +141,7 @@ if __name__ == "__main__":
 
     def dishonest(config):
         mesh = honest(config)
-        axes = {axis.name: Lying(axis.transport.name) for axis in mesh.axes}
+        axes = {axis.name: Lying(axis.transport.name, axis.transport.place) for axis in mesh.axes}
         return replace(with_transports(mesh, axes))
 
     doctor.setup.mesh_of = dishonest

@@ -178,10 +178,10 @@ class Cache:
                 except ValueError:
                     if not left:
                         raise
-            if info.zip_data is None:
+            if info.zip_data is not None:
+                scratch.write_bytes(data)
+            with _locked(place.local / ".cache.lock"):  # else a scan may miss the file under its old name and its new one
                 os.replace(scratch, path)
-            else:
-                write_whole(path, data)
         finally:
             scratch.unlink(missing_ok=True)
 

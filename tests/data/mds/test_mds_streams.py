@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fmegatron.data.batches import batch_at, batches
 from fmegatron.data.mds import MDSWriter, Order, Stream, StreamRows, Streams, Weight, epoch_order, group_of
+from fmegatron.data.mds.cache import _files, _locked
 from fmegatron.data.mds.remote import download
 
 SEQ = 7
@@ -115,7 +116,9 @@ def bucket() -> Iterator[Callable[[], str]]:
     os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     import boto3
+    import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()  # of another server
     counter = iter(range(100))
 
     def make() -> str:
@@ -150,7 +153,8 @@ def far(tmp_path: Path, count: int = 80, **options: Any) -> Stream:
 
 
 def used(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "index.json")
+    with _locked(folder / ".cache.lock"):  # names do not change meanwhile
+        return sum(stat.st_size for name, stat in _files(folder).items() if name != "index.json")
 
 
 @pytest.mark.parametrize("compression", [None, "gz"])
