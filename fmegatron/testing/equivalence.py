@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,22 +85,16 @@ def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "cpa", "tp")
 def ways(ranks: int) -> list[Way]:
     """Every preset on every mesh whose axes it names, in 1, 2 and 4 stages; microbatches, remat, schedule vary with the case.
 
-    The axis cpa is for exchanging heads inside of cp: presets without `hierarchical` attention do without it.
+    The axis cpa, heads exchanged inside of cp, is left to the preset that is made for it. 8 heads suffice for 8 ranks.
     """
     found: list[Way] = []
     for name, rules in RULES.items():
-        axes = rules.axes if rules.attention == "hierarchical" else rules.axes - {"cpa"}
+        axes = rules.axes if name == "cp_hierarchical" else rules.axes - {"cpa"}
         for pp in (n for n in (1, 2, 4) if ranks % n == 0):
             for sizes in meshes(ranks // pp):
-                if sizes.keys() <= axes and divides(sizes, rules.attention):
+                if sizes.keys() <= axes:
                     found.append(_way(name, sizes, pp, len(found)))
     return found
-
-
-def divides(sizes: Mapping[str, int], attention: str) -> bool:
-    """Whether the heads of the model suffice for the ranks that exchange them."""
-    exchanging = {"ulysses": ("tp", "cp", "cpa"), "hierarchical": ("tp", "cpa")}.get(attention, ("tp",))
-    return CONFIG.heads % math.prod(sizes.get(axis, 1) for axis in exchanging) == 0
 
 
 def _way(name: str, sizes: dict[str, int], pp: int, number: int) -> Way:
