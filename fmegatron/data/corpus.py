@@ -11,7 +11,6 @@ import sysconfig
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ class Megatron:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(tokenizers.Tokenized):
     """Where a corpus lies: prefixes of `.bin/.idx` pairs, or blends of them, and a tokenizer as `tokenizers.load` takes it.
 
     Where known: `counts` {"train": …, "valid": …}, and `bits_per_byte` {"gzip": …, "xz": …} of the held-out text. With a
@@ -57,15 +56,6 @@ class Corpus:
     bits_per_byte: Mapping[str, float] = field(default_factory=dict)
     split: str | None = None
     megatron: Megatron | None = None
-
-    @cached_property
-    def codec(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself."""
-        return tokenizers.load(self.tokenizer)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.codec.vocab_size
 
     def samples(self, seq: int, seed: int, *, reset_positions: bool = False) -> Rows:
         """Training rows."""

@@ -17,7 +17,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +40,7 @@ VERSION = 1  # of what is kept on disk
 
 
 @dataclass(frozen=True)
-class Conversations:
+class Conversations(tokenizers.Tokenized):
     """A corpus for fine-tuning. `chat`: as `load_chat` takes it; `cache`: the folder of its tokens and indices.
 
     `pack` lays as many conversations into a row as fit, else one a row; `long` says what becomes of one that is longer.
@@ -54,15 +53,6 @@ class Conversations:
     valid: Source | None = None
     pack: bool = True
     long: Long = "error"
-
-    @cached_property
-    def codec(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself."""
-        return tokenizers.load(self.tokenizer)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.codec.vocab_size
 
     def samples(self, seq: int, seed: int, *, reset_positions: bool = True) -> Cycle:
         """Training rows without end, each epoch in an order of its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,3 +215,19 @@ def _eos_token(path: Path) -> str | None:
 
 def _unpickled(text: str, eod: str | None) -> Bpe:
     return Bpe(hf.Tokenizer.from_str(text), eod)
+
+
+class Tokenized:
+    """A text that knows the tokenizer it was made with: a base of corpora, whose field `tokenizer` is what `load` takes."""
+
+    tokenizer: str
+
+    @cached_property
+    def codec(self) -> Tokenizer:
+        """The tokenizer itself."""
+        return load(self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Its size."""
+        return self.codec.vocab_size

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, thread_mesh
 from fmegatron.sharding.mesh import with_transports
-from fmegatron.sharding.traffic import Event, counted
-from fmegatron.sharding.transports import Abstract
+from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
+from fmegatron.testing.background import Background, Products
 
 
 def model():
@@ -37,25 +36,6 @@ def test_a_model_is_the_same_in_chunks(rules, sizes, chunks):
 def test_chunks_that_do_not_divide_are_one_line():
     with pytest.raises(ValueError, match=r"async_tp = 3: a rank's 4 of dim 'seq' do not divide .*, use one of \[1, 2, 4\]"):
         measure(model(), Sharding(thread_mesh(tp=4), RULES["tp_sp"]), batch(), async_tp=3)
-
-
-class Background(Abstract):
-    """Issued work goes on by itself."""
-
-    background = True
-
-
-class Products(TorchDispatchMode):
-    """Notes matmuls in the record of collectives."""
-
-    def __init__(self, traffic):
-        super().__init__()
-        self.traffic = traffic
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket._qualified_op_name in ("aten::mm", "aten::bmm", "aten::addmm"):
-            self.traffic.add(0, [Event("issue", "matmul", "", 0)])
-        return func(*args, **(kwargs or {}))
 
 
 LETTERS = {("issue", "all_gather"): "G", ("wait", "all_gather"): "g", ("issue", "reduce_scatter"): "R",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import random, tree
 from fmegatron.models.gpt import Config, gpt
@@ -14,9 +13,9 @@ from fmegatron.sharding.bucket import Wire, run_together
 from fmegatron.sharding.collectives import Psum, ReduceScatter
 from fmegatron.sharding.mesh import with_transports
 from fmegatron.sharding.shard_map import spmd
-from fmegatron.sharding.traffic import Event, counted
-from fmegatron.sharding.transports import Abstract
+from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
+from fmegatron.testing.background import Background, Products
 from fmegatron.train.replicas import hash_of, make_check
 from fmegatron.train.state import init_params
 from fmegatron.train.step import plan_step, value_and_grad
@@ -110,25 +109,6 @@ def test_a_sum_in_more_bits_needs_a_wire_of_fewer():
 
 
 # -- what is under way while a block computes -----------------------------------------------------------------------
-class Background(Abstract):
-    """Issued work goes on by itself."""
-
-    background = True
-
-
-class Products(TorchDispatchMode):
-    """Notes matmuls in the record of collectives."""
-
-    def __init__(self, traffic):
-        super().__init__()
-        self.traffic = traffic
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket._qualified_op_name in ("aten::mm", "aten::bmm", "aten::addmm"):
-            self.traffic.add(0, [Event("issue", "matmul", "", 0)])
-        return func(*args, **(kwargs or {}))
-
-
 def under_way(rules, prefetch):
     """At each matmul of a step, in order: the collectives that are under way."""
     mesh, traffic = counted(with_transports(abstract_mesh(dp=4), {"dp": Background()}))

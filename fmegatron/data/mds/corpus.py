@@ -18,7 +18,7 @@ STREAM_KEYS = ("local", "remote", "split", "proportion", "repeat", "choose", "gr
 
 
 @dataclass(frozen=True)
-class StreamCorpus:
+class StreamCorpus(tokenizers.Tokenized):
     """Streams to train on in `order`, others to validate on; `slots` give parts of the batch to groups (see `StreamRows`).
 
     options: of `Streams` (limit, retries, hash, ...); tokens: of `TokenRows` (column, dtype).
@@ -33,15 +33,6 @@ class StreamCorpus:
     predownload: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def codec(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself."""
-        return tokenizers.load(self.tokenizer)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.codec.vocab_size
 
     def samples(self, seq: int, seed: int, *, reset_positions: bool = True) -> StreamRows:
         """Training rows without end; the order's own seed counts, not `seed`."""
