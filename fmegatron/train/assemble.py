@@ -1,0 +1,148 @@
+"""The parts of a run, made once from its configuration: mesh and rules, model, text, optimizer, the step, the evaluation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fmegatron import toml
+from fmegatron.config import RunConfig
+from fmegatron.data.place import reading, shards_of
+from fmegatron.models import Model
+from fmegatron.sharding import Mesh, Sharding
+from fmegatron.train import setup
+from fmegatron.train.evaluate import make_evaluate
+from fmegatron.train.replicas import make_check
+from fmegatron.train.resume import Resume
+from fmegatron.train.source import Source, source_of, tokenizer_file
+from fmegatron.train.state import TrainState, init
+from fmegatron.train.step import make_step
+from fmegatron.tree import Tree
+
+OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run: values and functions."""
+
+    config: RunConfig
+    folder: Path
+    first: bool  # whether this process writes and speaks
+    say: setup.Say
+    sh: Sharding
+    source: Source
+    model: Model
+    start: Callable[[], TrainState]
+    plain: Any  # the model's config as JSON gives it back
+    step: Callable[..., Any]
+    compiled: bool
+    evaluate: Callable[..., Any]
+    check: Callable[[Any], None]
+    schedule: setup.Schedule
+
+    @property
+    def checkpoints(self) -> str | Path:
+        """The folder of checkpoints, or the address of a bucket."""
+        return checkpoints_of(self.config)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How this process reads batches: its own rows, to where they belong."""
+        drop = () if self.config.data.document_mask else ("documents",)
+        return reading(self.sh) | {"drop": drop}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        meta = {"config": toml.dumps(self.config), "tokenizer": tokenizer_file(self.source)}
+        return meta | {"model": self.plain}
+
+    def describe(self) -> str:
+        """What will run, in one line."""
+        c, mesh = self.config, self.sh.mesh
+        name = c.model.hf or c.model.function or c.model.preset
+        axes = " ".join(f"{axis.name}={axis.size}" for axis in mesh.axes if axis.size > 1) or "one device"
+        how = f"{mesh.kind} mesh {axes}, rules {self.sh.rules.name}" if mesh.size > 1 else axes
+        precision = f"{c.training.dtype}, {'compiled' if self.compiled else 'eager'}"
+        return f"{name}: {self.model.count() / 1e6:.2f}M parameters; {how} ({mesh.device}), {precision}; {self.folder}"
+
+
+def assemble(c: RunConfig, mesh: Mesh) -> Parts:
+    """All of a run but its state. Raises ValueError (one line) for what cannot be done."""
+    first = mesh.rank in (None, 0)
+    say: setup.Say = (lambda text: print(text, flush=True)) if first else (lambda text: None)
+    folder = c.run.folder
+    sh = Sharding(mesh, setup.rules_of(c.sharding))
+    setup.check_batch(c, shards_of(sh))
+    setup.check_sequence(c, sh)
+    source = setup.on_first(mesh, lambda: source_of(c, say))
+    model, params = setup.model_of(c, source, sh)
+    c = setup.resumed(c)
+    schedule = setup.schedule_of(c)
+    tx = setup.optimizer_of(c, model, schedule)
+    t = c.training
+    dtype, compiled, pipeline = setup.dtype_of(c), setup.compiles(c, say), setup.pipeline_of(c, model)
+    step = make_step(
+        model,
+        tx,
+        sh,
+        microbatches=t.microbatches,
+        remat=t.remat,
+        compile=compiled,
+        dtype=dtype,
+        prefetch=t.prefetch,
+        **setup.data_axes_of(c),
+        pipeline=pipeline,
+        donate=t.donate and mesh.kind != "virtual",
+    )
+    setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
+    plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
+
+    def start(given: Tree) -> TrainState:
+        return init(model, tx, sh, c.run.seed, params if given is None else given)
+
+    return Parts(
+        config=replace(c, run=replace(c.run, fresh=False)),
+        folder=folder,
+        first=first,
+        say=say,
+        sh=sh,
+        source=source,
+        model=model,
+        start=Resume(c.checkpoint, checkpoints_of(c), model, sh, start, plain, say),
+        plain=plain,
+        step=step,
+        compiled=compiled,
+        evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch, pipeline=pipeline),
+        check=make_check(model, sh),
+        schedule=schedule,
+    )
+
+
+def _prepare(c: RunConfig, folder: Path, source: Source) -> None:
+    """The run's folder, with its configuration and its tokenizer; emptied of a run's files where it starts over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OURS if c.run.fresh else ():
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / "config.toml").write_text(toml.dumps(replace(c, run=replace(c.run, fresh=False))), encoding="utf-8")
+    tokenizer = Path(tokenizer_file(source) or "")
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def checkpoints_of(c: RunConfig) -> str | Path:
+    """The folder of a run's checkpoints, or the address of a bucket."""
+    return c.checkpoint.folder or c.run.folder / "checkpoints"
+
+
+def _json(value: Any) -> Any:
+    """Plain data as JSON gives it back: lists for tuples."""
+    if isinstance(value, dict):
+        return {name: _json(item) for name, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
