@@ -2,6 +2,7 @@
 
     params.layers.7.attn.q             a layer of a parameter: keys know nothing of how layers are stacked
     opt.0.mu.layers.7.attn.q           optimizer state that mirrors a parameter: its path ends as the parameter's does
+    precision.remainder.layers.7...    the same of what the precision keeps
     opt.0.count, step, key, ...        everything else, equal on all ranks
 
         items                     checkpoint.save
@@ -154,12 +155,13 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
     sh = sh.bind(model.sizes)
     leaves = plan_leaves(model, sh)
     out = _params(state.params, model, sh, copies)
-    for path, x in _named(state.opt_state):
+    beside = [("opt", state.opt_state), ("precision", state.precision)]
+    for path, x in [(f"{root}.{path}", x) for root, kept in beside for path, x in _named(kept)]:
         leaf = _mirrored(path, leaves)
         if leaf is None:
-            out[f"opt.{path}"] = _everywhere(x, sh.mesh, copies)
+            out[path] = _everywhere(x, sh.mesh, copies)
         else:
-            prefix = f"opt.{path.removesuffix(leaf.path)}"
+            prefix = path.removesuffix(leaf.path)
             declared, place = _factored(prefix.split(".")[-2], leaf)
             by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, {**model.sizes, "one": 1}, sh.mesh, copies)
             out |= {prefix + key: chunks for key, chunks in by_layer.items()}

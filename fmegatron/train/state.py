@@ -23,7 +23,10 @@ from fmegatron.tree import Tree
 
 
 class TrainState(NamedTuple):
-    """step: applied updates. consumed: samples seen. skipped: steps whose gradients were not finite. All 0-D int64."""
+    """step: applied updates. consumed: samples seen. skipped: steps that changed nothing else. All 0-D int64.
+
+    precision: what the run's precision keeps from step to step (loss scale, remainders; see precision.py), or nothing.
+    """
 
     step: Tensor
     params: Tree
@@ -31,6 +34,7 @@ class TrainState(NamedTuple):
     key: Tensor
     consumed: Tensor
     skipped: Tensor
+    precision: Tree = ()
 
 
 def init(

@@ -244,6 +244,7 @@ def step_on_rank(
         key=state.key,
         consumed=state.consumed + rows_of(batch) * shards_of_batch(sh),
         skipped=state.skipped + (~ok).long(),
+        precision=state.precision,
     )
     return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
 
