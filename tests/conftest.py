@@ -29,6 +29,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "plan": 300,
     "properties": 120,
     "distributed": 300,
+    "faults": 60,
     "experiments": 150,
     "mutations": 60,
     "benchmarks": 60,

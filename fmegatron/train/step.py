@@ -183,30 +183,33 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: 
     return grads, {**out, **{f"count.{term}": n for term, n in counts.items()}}
 
 
+Limits = Mapping[str, float]  # {metric: what its size must stay below}
+
+
 def make_step(
     model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
-) -> Callable[[TrainState, Batches], tuple[TrainState, Metrics]]:
-    """`step(state, batch) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(state, batch, limits=None) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
 
     settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
-    step that is given them raises ValueError. A step whose gradients are not finite changes nothing but `consumed` and
-    `skipped`.
+    step that is given them raises ValueError. A step whose gradients are not finite, or of which a metric is not below its
+    limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit, donated or not.
     """
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
     plan = plan_step(model, sh, **settings)
     finish = fuse(tx)
 
-    def on_rank(here: Sharding, state: TrainState, batch: Batches) -> tuple[TrainState, Metrics]:
-        return step_on_rank(plan, finish, here, state, batch, donate)
+    def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
+        return step_on_rank(plan, finish, here, state, batch, donate, limits)
 
     run = spmd(plan.sh, on_rank)
 
-    def step(state: TrainState, batch: Batches) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batches, limits: Limits | None = None) -> tuple[TrainState, Metrics]:
         if state.step.numel() == 0:
             raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
         with torch.no_grad():
-            new, metrics = run(state, dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch])
+            new, metrics = run(state, dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch], dict(limits or {}))
         return (take_over(state, new) if donate else new), metrics
 
     return step
@@ -221,7 +224,13 @@ def take_over(old: TrainState, new: TrainState) -> TrainState:
 
 
 def step_on_rank(
-    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batches, donate: bool = False
+    plan: Plan,
+    finish: Callable[..., Any],
+    sh: Sharding,
+    state: TrainState,
+    batch: Batches,
+    donate: bool = False,
+    limits: Limits | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`."""
     model = plan.model
@@ -232,7 +241,10 @@ def step_on_rank(
     if plan.placed is not None:
         over = replace(over, every=plan.placed.every(sh), elsewhere=plan.placed.elsewhere)
     norm = over.norm(grads)
+    metrics["grad_norm"] = norm
     over, ok = Known(over, grads, norm), torch.isfinite(norm)
+    for name, most in (limits or {}).items():
+        ok = ok & (metrics[name].abs() < most)
     old = to_optimizer(plan.leaves, state.params, sh)
     compiled = isinstance(plan.compiled, Compiled)
     params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
@@ -246,7 +258,7 @@ def step_on_rank(
         skipped=state.skipped + (~ok).long(),
         precision=state.precision,
     )
-    return new, {**metrics, "grad_norm": norm, "skipped": new.skipped}
+    return new, {**metrics, "skipped": new.skipped}
 
 
 def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
