@@ -209,7 +209,8 @@ def make_step(
         if state.step.numel() == 0:
             raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
         with torch.no_grad():
-            new, metrics = run(state, dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch], dict(limits or {}))
+            given = dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
+            new, metrics = run(state, given, dict(limits or {}))
         return (take_over(state, new) if donate else new), metrics
 
     return step
