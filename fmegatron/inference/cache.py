@@ -1,8 +1,9 @@
 """What attention has seen: for each layer the keys and values of earlier tokens, as plain tensors.
 
-    keys, values  [batch, capacity, kv, hd]       filled up to `length`
+    keys, values    [batch, capacity, kv, hd]                      filled up to `length`
+    latent, key     [batch, capacity, kv_lora], [.., rope_hd]      of latent attention, whatever its heads
 
-A layer's attention hands its new keys and values to `v["cache"]` and gets all of them back, the earlier ones first.
+A layer's attention hands what is new to `v["cache"]` and gets all of it back, the earlier first.
 """
 
 from __future__ import annotations
@@ -15,25 +16,23 @@ from torch import Tensor
 
 @dataclass
 class Cache:
-    """One layer's keys and values, written in place: room for `capacity` tokens is taken at once."""
+    """One layer's, written in place: room for `capacity` tokens is taken at once."""
 
     capacity: int
     length: int = 0
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    held: tuple[Tensor, ...] = ()
 
-    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new tokens [batch, new, kv, hd]; returns all so far."""
-        if self.keys is None or self.values is None:
-            room = (keys.shape[0], self.capacity, *keys.shape[2:])
-            self.keys, self.values = keys.new_zeros(room), values.new_zeros(room)
-        stop = self.length + keys.shape[1]
+    def __call__(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Add tensors of new tokens [batch, new, ...]; returns all so far."""
+        if not self.held:
+            self.held = tuple(x.new_zeros(x.shape[0], self.capacity, *x.shape[2:]) for x in new)
+        stop = self.length + new[0].shape[1]
         if stop > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens and is asked to hold {stop}")
-        self.keys[:, self.length : stop] = keys
-        self.values[:, self.length : stop] = values
+        for room, x in zip(self.held, new, strict=True):
+            room[:, self.length : stop] = x
         self.length = stop
-        return self.keys[:, :stop], self.values[:, :stop]
+        return tuple(room[:, :stop] for room in self.held)
 
 
 def order(length: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.losses import Loss
+from fmegatron.nn.mla import Latent
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.norm import Norm
-from fmegatron.nn.rope import Llama3Scaling, Rope
+from fmegatron.nn.rope import Rope, Scaling, Yarn
 from fmegatron.sharding import Size
 
 
@@ -35,7 +36,7 @@ class Config:
     rope_fraction: float = 1.0
     rope_interleaved: bool = False
     rope_interpolation: float = 1.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     no_rope: int | tuple[bool, ...] = 0  # n: every n-th layer turns nothing; or a flag for each layer
     # attention
     window: int | None = None  # keys that a query sees, itself included
@@ -48,6 +49,11 @@ class Config:
     depth_scaling: bool = False  # scores / layer number, not undone (GPT-2's scale_attn_by_inverse_layer_idx)
     attention_softcap: float | None = None
     sink: Literal["none", "one", "learned"] = "none"
+    # latent attention, where kv_lora is set
+    kv_lora: int | None = None  # features of the latent of keys and values
+    q_lora: int | None = None  # of the latent of queries; None: queries come from the stream
+    rope_hd: int = 64  # of a head's hd, those that turn; their key is shared by the heads
+    v_hd: int | None = None  # features of a value; None: hd - rope_hd
     # mlp
     activation: str = "swiglu"
     mlp_bias: bool = False
@@ -88,6 +94,18 @@ class Config:
                 raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
         if self.qk_layer_scaling and self.attention_softcap is not None:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
+        if self.kv_lora is not None:
+            self._check_latent()
+
+    def _check_latent(self) -> None:
+        """ValueError where an option of plain attention is asked of a latent one."""
+        if not 0 < self.rope_hd < self.head_dim:
+            raise ValueError(f"rope_hd = {self.rope_hd} features of hd = {self.head_dim} turn: some, not all, with a latent")
+        plain = {"kv": None, "attention_bias": False, "attention_out_bias": False, "qk_norm": "none", "rope_fraction": 1.0}
+        plain |= {"sink": "none", "positions": "rope"}
+        for name, value in plain.items():
+            if getattr(self, name) not in (value, self.heads if name == "kv" else value):
+                raise ValueError(f"{name} = {getattr(self, name)!r} is of plain attention: leave it out with kv_lora")
 
     @property
     def sizes(self) -> dict[str, int | Size]:
@@ -101,12 +119,35 @@ class Config:
             "mlp": self.mlp,
             "vocab": vocab,
             "position": self.context,
+            **({} if self.latent is None else self.latent.sizes(self.head_dim)),
         }
 
     @property
     def head_dim(self) -> int:
         """Features of a head."""
         return self.embed // self.heads if self.hd is None else self.hd
+
+    @property
+    def latent(self) -> Latent | None:
+        """The latents of attention."""
+        if self.kv_lora is None:
+            return None
+        values = self.v_hd or self.head_dim - self.rope_hd
+        return Latent(self.kv_lora, self.q_lora, self.rope_hd, values, self.block_norm)
+
+    @property
+    def turned(self) -> int:
+        """Features of a head that come to the rotation."""
+        return self.head_dim if self.kv_lora is None else self.rope_hd
+
+    @property
+    def scale(self) -> float:
+        """Of the scores: as set, else 1 / sqrt(hd), with a latent times YaRN's growth by mscale_all, squared."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        s = self.rope_scaling
+        grown = s.m(s.mscale_all) if isinstance(s, Yarn) and s.mscale_all and self.kv_lora is not None else 1.0
+        return grown**2 / math.sqrt(self.head_dim)
 
     @property
     def block_norm(self) -> Norm:
@@ -146,9 +187,8 @@ def attention_of(c: Config, layer: int) -> Attention:
         1.0 if local else c.rope_interpolation,
         None if local else c.rope_scaling,
     )
-    scale = c.attention_scale or 1 / math.sqrt(c.head_dim)
     return Attention(
-        scale=scale / (layer + 1) if c.depth_scaling else scale,
+        scale=c.scale / (layer + 1) if c.depth_scaling else c.scale,
         rope=turns if c.positions == "rope" and not chosen(c.no_rope, layer) else None,
         table="rope.window" if local else "rope",
         window=window,
@@ -159,6 +199,7 @@ def attention_of(c: Config, layer: int) -> Attention:
         sink=None if c.sink == "none" else c.sink,
         undo=float(layer + 1) if c.qk_layer_scaling else 1.0,
         dropout=c.attention_dropout,
+        latent=c.latent,
     )
 
 

@@ -36,7 +36,7 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     heads = "batch seq heads hd"
     for a in {a.table: a for a in kinds(c) if a.rope is not None}.values():
         here = sh.align(positions, "batch seq", within=heads)
-        out[f"{a.table}.cos"], out[f"{a.table}.sin"] = rope.tables(a.rope, c.head_dim, here)  # type: ignore[arg-type]
+        out[f"{a.table}.cos"], out[f"{a.table}.sin"] = rope.tables(a.rope, c.turned, here)  # type: ignore[arg-type]
     if "order" in v:
         out["order.q"] = out["order.k"] = context.table(sh, v["order"])
     if "documents" in v:

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fmegatron.models.config import Config, chosen
-from fmegatron.nn.rope import Llama3Scaling
+from fmegatron.models.hf_rope import describe_rope, rope_fields
 
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -38,24 +38,6 @@ def activation(c: Mapping[str, Any], name: str) -> str:
     if c[name] not in ACTIVATIONS:
         raise ValueError(f"config.json: {name} = {c[name]!r} is not supported, only {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[c[name]]
-
-
-def rope_fields(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, in the form of transformers 5 (rope_parameters) or before (rope_theta, rope_scaling)."""
-    given = c.get("rope_parameters") or {}
-    scaling = given or c.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    fields: dict[str, Any] = {"rope_base": float(given.get("rope_theta", c.get("rope_theta", 10000.0)))}
-    fields["rope_fraction"] = float(given.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)))
-    if kind == "linear":
-        return fields | {"rope_interpolation": float(scaling["factor"])}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        factor, low, high, context = (scaling[name] for name in names)
-        return fields | {"rope_scaling": Llama3Scaling(float(factor), float(low), float(high), int(context))}
-    if kind != "default":
-        raise ValueError(f"config.json: rope_type = {kind!r} is not supported, only default, linear and llama3")
-    return fields
 
 
 def window_fields(c: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +178,7 @@ def _meaning(c: Config) -> Config:
         c,
         kv=c.heads if c.kv is None else c.kv,
         hd=c.head_dim,
-        attention_scale=c.attention_scale or 1 / math.sqrt(c.head_dim),
+        attention_scale=c.scale,
         window=None if all(windows) else c.window,
         no_window=windows,
         no_rope=tuple(chosen(c.no_rope, i) for i in range(c.layers)),
@@ -225,15 +207,7 @@ def describe_llama(c: Config, family: str) -> dict[str, Any]:
         "tie_word_embeddings": c.tied,
         "attention_dropout": c.attention_dropout,
         "initializer_range": c.init_std,
-        "rope_theta": c.rope_base,
-        "rope_scaling": None,
-    }
-    if c.rope_scaling is not None:
-        s = c.rope_scaling
-        plain["rope_scaling"] = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low}
-        plain["rope_scaling"] |= {"high_freq_factor": s.high, "original_max_position_embeddings": s.context}
-    elif c.rope_interpolation != 1.0:
-        plain["rope_scaling"] = {"rope_type": "linear", "factor": c.rope_interpolation}
+    } | describe_rope(c)
     if family != "qwen2":
         plain["attention_bias"] = c.attention_bias
     if family == "llama":
@@ -241,7 +215,7 @@ def describe_llama(c: Config, family: str) -> dict[str, Any]:
     if family.startswith("gemma"):
         plain["hidden_activation"] = act
     if family == "gemma2":
-        scale = c.attention_scale or 1 / math.sqrt(c.head_dim)
+        scale = c.scale
         plain["query_pre_attn_scalar"] = round(scale**-2) if math.isclose(scale**-2, round(scale**-2)) else scale**-2
         plain |= {"attn_logit_softcapping": c.attention_softcap, "final_logit_softcapping": c.logit_softcap}
     if family != "llama":

@@ -12,7 +12,7 @@ from typing import Any
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.model import Model
-from fmegatron.nn.rope import Llama3Scaling
+from fmegatron.nn.rope import Llama3Scaling, scaling_of
 
 Fields = dict[str, Any]
 
@@ -184,7 +184,7 @@ def config(name: str, **overrides: Any) -> Config:
     plain: Fields = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
     scaling = overrides.get("rope_scaling")
     if isinstance(scaling, Mapping):
-        plain["rope_scaling"] = Llama3Scaling(**scaling)
+        plain["rope_scaling"] = scaling_of(scaling)
     return Config(**{**base, **sizes[size], **plain})
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from fmegatron.nn import context, norm, rope
+from fmegatron.nn import context, mla, norm, rope
 from fmegatron.nn.context import KEYS, QUERIES
+from fmegatron.nn.mla import Latent
 from fmegatron.nn.norm import Norm
 from fmegatron.nn.param import Init, Param, bias, zeros
 from fmegatron.nn.rope import Rope
@@ -42,6 +43,7 @@ class Attention:
     sink: Literal["one", "learned"] | None = None  # one more logit in the softmax: 0 (off-by-one), or a weight a head
     undo: float = 1.0  # queries are divided by it before, scores multiplied after: Megatron's query-key layer scaling
     dropout: float = 0.0
+    latent: Latent | None = None  # keys and values are projections of a latent: nn/mla.py
 
     @property
     def fused(self) -> bool:
@@ -51,6 +53,8 @@ class Attention:
 
 def declare(attn: Attention, inner: Init, outer: Init) -> dict[str, Any]:
     """Its weights: `inner` fills q, k and v, `outer` the projection back into the residual stream."""
+    if attn.latent is not None:
+        return mla.declare(attn.latent, inner, outer)
     p: dict[str, Any] = {"q": Param("embed heads hd", inner)}
     p |= {"k": Param("embed kv hd", inner), "v": Param("embed kv hd", inner), "o": Param("heads hd embed", outer)}
     if attn.bias:
@@ -72,6 +76,8 @@ GROUPS = f"{KEYS} -> batch kv_seq q_heads hd"
 
 def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None) -> Tensor:
     """[batch, seq, embed] -> [batch, seq, embed]; `v` holds rotations, and order and documents where they are given."""
+    if attn.latent is not None:
+        return mla.apply(sh, attn, attn.latent, p, x, v, key)
     queries, keys, values = sh.einsum(QKV, x, p["q"], p["k"], p["v"])
     if attn.bias:
         queries, keys, values = queries + p["q_bias"], keys + p["k_bias"], values + p["v_bias"]

@@ -23,7 +23,7 @@ from fmegatron import config as configs
 from fmegatron import files, models, toml
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Config, Model, hf, layers
-from fmegatron.nn.rope import Llama3Scaling
+from fmegatron.nn.rope import scaling_of
 from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, megatron, saving
@@ -120,7 +120,7 @@ def model_of(meta: Mapping[str, Any]) -> Model:
         given: dict[str, Any] = {name: plain[name] for name in plain if name in known}
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if given.get("rope_scaling"):
-            given["rope_scaling"] = Llama3Scaling(**given["rope_scaling"])
+            given["rope_scaling"] = scaling_of(given["rope_scaling"])
         return models.gpt(Config(**given))
     run = toml.update(RunConfig(), toml.loads(meta["config"]), "the checkpoint's configuration")
     if run.model.function is None:

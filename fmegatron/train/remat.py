@@ -4,6 +4,9 @@ none        every node's graph is kept
 full        a layer keeps only what it read, and runs again
 every-K     K layers in a row do so together
 selective   within a layer, the named parts: core_attention, mlp_activation, norm
+
+One more part is asked for by name: mla_up, the way of latent attention from its latents to its output. Then only the
+latents are kept of it; core_attention is inside.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 from fmegatron.models.model import Node
 from fmegatron.transforms import checkpoint
 
-PARTS = ("core_attention", "mlp_activation", "norm")
+SELECTIVE = ("core_attention", "mlp_activation", "norm")
+PARTS = (*SELECTIVE, "mla_up")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def parse_remat(text: str) -> Remat:
     if text == "full":
         return Remat(every=1)
     if text == "selective":
-        return Remat(parts=PARTS)
+        return Remat(parts=SELECTIVE)
     every = text.removeprefix("every-")
     if text.startswith("every-") and every.isdigit() and int(every) > 0:
         return Remat(every=int(every))

@@ -40,10 +40,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
 CASES = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "llama-biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-3.1": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+    "llama-yarn": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=YARN),
     "llama-linear": lambda: transformers.LlamaConfig(
         **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
     ),
@@ -123,7 +125,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     for changes, message in (
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic' is not supported"),
         ({"vocab_size": 54}, r"has shape \[53, 24\], but this config asks for \[54, 24\]"),
         ({"attention_bias": True}, "k_proj.bias is missing"),
         ({"num_hidden_layers": 2}, "9 tensors have no place in this model, the first is model.layers.2."),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fmegatron.nn import rope
-from fmegatron.nn.rope import Llama3Scaling, Rope
+from fmegatron.nn.rope import Llama3Scaling, Rope, Yarn
 
 
 def turn(r, x, positions):
@@ -14,7 +14,8 @@ def turn(r, x, positions):
 
 
 @pytest.mark.parametrize(
-    "r", [Rope(), Rope(interleaved=True), Rope(fraction=0.5), Rope(interpolation=4.0), Rope(scaling=Llama3Scaling(context=32))]
+    "r", [Rope(), Rope(interleaved=True), Rope(fraction=0.5), Rope(interpolation=4.0), Rope(scaling=Llama3Scaling(context=32)),
+     Rope(scaling=Yarn(context=16, fast=1.0, slow=0.1))]
 )
 def test_scores_depend_on_differences(r):
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
@@ -53,3 +54,21 @@ def test_bf16_is_turned_in_fp32():
     y, exact = turn(Rope(), x, positions), turn(Rope(), x.double(), positions)
     assert y.dtype == torch.bfloat16
     assert (y - exact).abs().max() <= 2**-8 * exact.abs().max()  # one rounding, at the end
+
+
+@pytest.mark.parametrize("yarn", [
+    Yarn(32.0, 64, truncate=False), Yarn(40.0, 4096, mscale=0.707, mscale_all=0.8),
+    Yarn(4.0, 256, fast=8.0, attention_factor=1.5), Yarn(40.0, 4096, mscale=1.0, mscale_all=1.0),
+    Yarn(2.0, 8, fast=1.0, slow=0.9),
+])
+def test_yarn_is_transformers_own(yarn):
+    transformers = pytest.importorskip("transformers")
+    given = {"rope_type": "yarn", "rope_theta": 500.0, "factor": yarn.factor, "original_max_position_embeddings": yarn.context}
+    given |= {"beta_fast": yarn.fast, "beta_slow": yarn.slow, "truncate": yarn.truncate, "mscale": yarn.mscale,
+              "mscale_all_dim": yarn.mscale_all, "attention_factor": yarn.attention_factor}  # fmt: skip
+    config = transformers.LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=given)
+    wanted, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = Rope(500.0, scaling=yarn)
+    torch.testing.assert_close(rope.frequencies(ours, 64, torch.zeros(1)), wanted)
+    cos, _ = rope.tables(ours, 64, torch.zeros(1, 1))
+    torch.testing.assert_close(cos, torch.full_like(cos, factor))

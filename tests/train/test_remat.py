@@ -14,7 +14,7 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh
 from fmegatron.testing import assert_same, measure
 from fmegatron.train import step, weights
 from fmegatron.train.chain import visits
-from fmegatron.train.remat import PARTS, Remat, parse_remat
+from fmegatron.train.remat import SELECTIVE, Remat, parse_remat
 from fmegatron.train.state import init_params
 from fmegatron.train.step import plan_step, value_and_grad
 
@@ -122,7 +122,7 @@ def test_visits_are_the_order_in_which_parameters_are_needed():
 
 def test_policies_have_names():
     assert parse_remat("none") == Remat() and parse_remat("full") == Remat(every=1) == parse_remat("every-1")
-    assert parse_remat("selective") == Remat(parts=PARTS)
+    assert parse_remat("selective") == Remat(parts=SELECTIVE)
     assert parse_remat("selective:norm,mlp_activation") == Remat(parts=("norm", "mlp_activation"))
     for wrong in ("every-0", "all", "selective:softmax", ""):
         with pytest.raises(ValueError, match="remat is none, full, every-K"):
