@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fmegatron import toml
+from fmegatron import config_precision, toml
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
 
@@ -97,16 +97,14 @@ class Streaming:
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(config_precision.Precision):
     """How long, in what precision, with what memory."""
 
     steps: int = option(1000, "steps in all; a skipped one counts too", at_least=0)
     global_batch: int = option(32, "samples in a step, over all ranks", at_least=1)
     microbatches: int = option(1, "parts that a step is computed in, one after another", at_least=1)
-    dtype: Literal["fp32", "bf16"] = option("fp32", "of the computation; the master state is fp32")
     remat: str = option("none", "none, full, selective, or every-K: which activations are computed again")
     compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
-    clip_norm: float | None = option(1.0, "largest norm of a step's gradient; none: as it is", at_least=0)
     prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
     reshard: str = option("always", "always, never, or first-K: which layers' gathered weights are freed after the forward")
     reduce_dtype: Literal["fp32", "bf16"] | None = option(None, "of gradients between ranks; none: fp32")

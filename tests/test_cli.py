@@ -77,7 +77,7 @@ def test_tokenize_learns_a_tokenizer_and_writes_tokens(tmp_path, monkeypatch, ca
     ("train quickstart --training.steps --run.dir x", "command line: --training.steps needs a value"),
     ("train quickstart --mesh.virtual yes", "command line: mesh.virtual = yes: expected true|false"),
     ("train quickstart --mesh.tp 1.5", "command line: mesh.tp = 1.5: expected int"),
-    ("train quickstart --training 3", "command line: training is a group: set training.steps or another of its keys"),
+    ("train quickstart --training 3", "command line: training is a group: set training.dtype or another of its keys"),
     ("train quickstart --a 1 --a.b 2", "command line: --a.b goes into a, which another option sets to 1"),
     ("train quickstart --json", "command line: train has no --json"),
     ("generate DIR", "command line: expected CHECKPOINT|HF_FOLDER PROMPT, got DIR"),

@@ -96,6 +96,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         dtype=dtype,
         prefetch=t.prefetch,
         **setup.data_axes_of(c),
+        **setup.gradient_settings_of(c),
         pipeline=pipeline,
         donate=t.donate and mesh.kind != "virtual",
     )
@@ -103,7 +104,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
 
     def start(given: Tree) -> TrainState:
-        return init(model, tx, sh, c.run.seed, params if given is None else given)
+        return init(model, tx, sh, c.run.seed, params if given is None else given, precision=setup.precision_of(c))
 
     return Parts(
         config=replace(c, run=replace(c.run, fresh=False)),

@@ -15,6 +15,7 @@ from fmegatron.models.model import Node
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.bucket import Wire, run_together, start
 from fmegatron.train.leaves import BUCKET, Leaf
+from fmegatron.train.precision import PLAIN, Precision, inverse
 from fmegatron.train.weights import node_leaves
 from fmegatron.tree import Tree
 
@@ -22,9 +23,16 @@ from fmegatron.tree import Tree
 class Gradients:
     """Accumulators for a step; `add` a node's gradients, microbatch by microbatch, then `finish`."""
 
-    def __init__(self, sh: Sharding, leaves: dict[str, Leaf], params: dict[str, Tensor], wire: Wire | None = None) -> None:
+    def __init__(
+        self,
+        sh: Sharding,
+        leaves: dict[str, Leaf],
+        params: dict[str, Tensor],
+        wire: Wire | None = None,
+        precision: Precision = PLAIN,
+    ) -> None:
         self.sh, self.leaves, self.wire = sh, leaves, wire
-        self.dtypes = {path: x.dtype for path, x in params.items()}
+        self.dtypes = {path: precision.sums(x.dtype) for path, x in params.items()}
         self.sums: dict[str, Tensor] = {}
         self.seen: set[tuple[str, int | None]] = set()
         self.owned: set[str] = set()  # unstacked leaves whose sum is a tensor of our own
@@ -79,12 +87,19 @@ class Gradients:
         else:
             total.add_(x)
 
-    def finish(self, like: Tree) -> Tree:
-        """The step's gradients, as the optimizer holds its state, in a tree like `like`."""
+    def finish(self, like: Tree, scale: Tensor | None = None) -> Tree:
+        """The step's gradients, as the optimizer holds its state, in a tree like `like`; divided by the loss's scale."""
         self.flush()
         paths = list(self.leaves)
         missing = [path for path in paths if path not in self.sums]
         assert not missing, f"no node reads the parameter(s) {', '.join(missing)}"
         sums, plans = [self.sums[p] for p in paths], [self.leaves[p].finish for p in paths]
         done = run_together(sums, plans, self.sh.rank, BUCKET, self.wire)
+        if scale is not None:
+            self.sums.clear()
+            del sums
+            by = inverse(scale)
+            for i, x in enumerate(done):  # one leaf's memory more, not all of them
+                done[i] = x * by.to(x.dtype)
+                del x
         return tree.unflatten(tree.flatten(like)[1], done)

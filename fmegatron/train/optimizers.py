@@ -61,8 +61,10 @@ def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -
             txs[label], found = _group(c, model, label, table)
             patterns += [(pattern, label) for pattern in found]
         tx = optim.multi(txs, [*patterns, ("*", "default")])
-    clip = c.training.clip_norm
-    return tx if clip is None else optim.chain(optim.clip_by_global_norm(clip), tx)
+    t = c.training
+    clips = [] if t.clip_norm is None else [optim.clip_by_global_norm(t.clip_norm)]
+    clips += [] if t.clip_value is None else [optim.clip_by_value(t.clip_value)]
+    return optim.chain(*clips, tx) if clips else tx
 
 
 def _group(c: RunConfig, model: Model, label: str, table: Mapping[str, Any]) -> tuple[Transform, list[str]]:

@@ -34,6 +34,8 @@ from fmegatron.train.optimizers import schedule_of as schedule_of
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.precision import LossScale, Precision, constant_scale
+from fmegatron.train.saving import DTYPES
 from fmegatron.train.source import Source
 from fmegatron.transforms import why_not_compile
 from fmegatron.tree import Tree
@@ -221,13 +223,34 @@ def check_sequence(c: RunConfig, sh: Sharding) -> None:
 
 def dtype_of(c: RunConfig) -> torch.dtype | None:
     """The dtype of the computation; None is that of the parameters."""
-    return torch.bfloat16 if c.training.dtype == "bf16" else None
+    return DTYPES[c.training.dtype] if c.training.dtype != "fp32" else None
+
+
+def precision_of(c: RunConfig) -> Precision:
+    """What the state keeps beside parameters, and the dtype of gradient sums."""
+    t = c.training
+    scale = None
+    wanted = t.loss_scale or ("dynamic" if t.dtype == "fp16" else "off")
+    try:
+        if wanted == "dynamic":
+            settings = (t.initial_loss_scale, t.loss_scale_window, t.hysteresis, t.min_loss_scale)
+            scale = LossScale(*settings, t.loss_scale_growth, t.loss_scale_backoff)
+        elif wanted != "off":
+            scale = constant_scale(float(wanted))
+    except ValueError as error:
+        raise ConfigError(f"training: {error}") from None
+    return Precision(scale, None if t.accumulate_dtype == "fp32" else DTYPES[t.accumulate_dtype])
+
+
+def gradient_settings_of(c: RunConfig) -> dict[str, Any]:
+    """Settings of `plan_step` about when a step counts."""
+    return {"precision": precision_of(c), "skip_norm": c.training.skip_norm, "count_zeros": c.training.count_zeros}
 
 
 def data_axes_of(c: RunConfig) -> dict[str, Any]:
     """Settings of `plan_step` about what travels over the data axes, and when."""
-    t, dtypes = c.training, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    t = c.training
     if t.sum_dtype is not None and t.reduce_dtype is None:
         raise ConfigError(f"training.sum_dtype = {t.sum_dtype} needs a training.reduce_dtype: without, all is fp32")
     chosen = {"reduce_dtype": t.reduce_dtype, "sum_dtype": t.sum_dtype}
-    return {"reshard": t.reshard, "async_tp": t.async_tp} | {name: dtypes[dtype] for name, dtype in chosen.items() if dtype}
+    return {"reshard": t.reshard, "async_tp": t.async_tp} | {name: DTYPES[dtype] for name, dtype in chosen.items() if dtype}

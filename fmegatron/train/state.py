@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
 from fmegatron.train.matrices import mean_over, on_matrices
+from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.tree import Tree
 
 
@@ -38,12 +40,19 @@ class TrainState(NamedTuple):
 
 
 def init(
-    model: Model, tx: Transform, sh: Sharding, key: int | Tensor = 0, params: Tree = None, dtype: torch.dtype = torch.float32
+    model: Model,
+    tx: Transform,
+    sh: Sharding,
+    key: int | Tensor = 0,
+    params: Tree = None,
+    dtype: torch.dtype = torch.float32,
+    precision: Precision = PLAIN,
 ) -> TrainState:
     """The state before the first step: local shards, stacked where one process holds all ranks.
 
     params: local shards to start from (of `models.from_hf`, say); None draws them from `key`, each rank its own shards only,
-    with bit-equal values on every mesh. dtype: of the parameters at rest.
+    with bit-equal values on every mesh. dtype: of the parameters at rest. precision: what is kept beside
+    them.
     """
     sh = sh.bind(model.sizes)
     leaves = plan_leaves(model, sh)
@@ -53,7 +62,8 @@ def init(
         own = given if given is not None else init_params(model, here, leaves, seed.to(like.device), dtype)
         zero = tree.leaves(own)[0].new_zeros((), dtype=torch.int64)
         state = tx.init(to_optimizer(leaves, own, here))
-        return TrainState(zero, own, state, seed.to(like.device) + zero, zero.clone(), zero.clone())
+        key = seed.to(like.device) + zero
+        return TrainState(zero, own, state, key, zero.clone(), zero.clone(), precision.init(zero))
 
     like = torch.zeros(sh.mesh.size if sh.mesh.stacked else (), device=sh.mesh.device)
     return spmd(sh, on_rank)(like, params)
@@ -84,17 +94,35 @@ class Over:
 
     def norm(self, grads: Tree) -> Tensor:
         """The L2 norm of the whole tree; each element counts once, however many ranks hold it."""
-        total: Any = 0.0
+
+        def square(x: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+
+        return self._total(grads, square).sqrt()
+
+    def zeros(self, grads: Tree) -> Tensor:
+        """How many elements of the whole tree are zero, int64; pads left out."""
+        sizes = [leaf.param.true_shape(self.sh.sizes) for path, leaf in self.leaves.items() if path not in self.elsewhere]
+        one = tree.leaves(grads)[0].new_ones((), dtype=torch.int64)
+        for axis in (self.every or self.sh).mesh.axes:  # the same on all ranks of a stage
+            if axis.size > 1 and axis.name != "pp":
+                one = apply(one, self.sh.rank, Once(axis))
+        every = over_ranks(self.every or self.sh, one * sum(map(math.prod, sizes)), Psum)
+        return every - self._total(grads, lambda x: x.count_nonzero())
+
+    def _total(self, grads: Tree, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of a number of each shard, over the ranks that hold different ones."""
+        total: Any = 0
         for path, x in tree.to_paths(grads).items():
             if path in self.elsewhere:
                 continue
-            square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+            number = of(x)
             for axis in self.sh.mesh.axes:
                 if axis.size > 1 and axis.name not in self.leaves[path].optimizer.placed:
                     assert self.sh.rank is not None
-                    square = apply(square, self.sh.rank, Once(axis))
-            total = total + square
-        return over_ranks(self.every or self.sh, total, Psum).sqrt()
+                    number = apply(number, self.sh.rank, Once(axis))
+            total = total + number
+        return over_ranks(self.every or self.sh, total, Psum)
 
     def mean(self, updates: Tree, dims: Dims) -> Tree:
         """Each leaf's mean over its dims `dims[path]`, which stay with size 1."""

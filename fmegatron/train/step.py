@@ -20,6 +20,7 @@ from torch import Tensor
 from fmegatron import random, tree
 from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
+from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.bucket import Wire
 from fmegatron.sharding.collectives import Pmax, Psum
@@ -30,6 +31,7 @@ from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
 from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
+from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.state import Over, TrainState, over_ranks
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
@@ -56,6 +58,9 @@ class Plan:
     compiled: Engine | None = None
     placed: Placed | None = None
     weights: tuple[tuple[str, float], ...] = ()
+    precision: Precision = PLAIN
+    skip_norm: float | None = None
+    count_zeros: bool = False
 
     @property
     def engine(self) -> Engine:
@@ -86,6 +91,9 @@ def plan_step(
     async_tp: int = 1,
     term_weights: Mapping[str, float] | None = None,
     pipeline: Pipeline | None = None,
+    precision: Precision = PLAIN,
+    skip_norm: float | None = None,
+    count_zeros: bool = False,
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
@@ -94,8 +102,10 @@ def plan_step(
     that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same). async_tp: chunks in
     which a product and the gather before it, or the reduce-scatter after it, go (1: whole; on a virtual mesh always).
     term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
-    mesh with an axis pp the plan's model and sharding are those of this rank's stages.
+    mesh with an axis pp the plan's model and sharding are those of this rank's stages. precision: that of `init`. skip_norm:
+    a step whose gradient has a larger norm is skipped. count_zeros: the metric "zeros", of the gradient's elements.
     """
+    precision.check(dtype)
     placed = None
     if pipeline is not None:
         schedule = pipeline.schedule
@@ -136,14 +146,19 @@ def plan_step(
         compiled=compiled,
         placed=placed,
         weights=weights,
+        precision=precision,
+        skip_norm=skip_norm,
+        count_zeros=count_zeros,
     )
 
 
-def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: Tensor | None = None) -> tuple[Tree, Metrics]:
+def value_and_grad(
+    plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tree, Metrics]:
     """On one rank: the loss's gradient over a local batch, at the optimizer's placement, and the metrics of the forward.
 
     params: local shards at storage. batch: this rank's rows, cut into the plan's microbatches. Every term is divided by its
-    global count before the first microbatch, in the seed of the backward, and never again.
+    global count before the first microbatch, in the seed of the backward, and never again. scale: of the loss on the way.
     """
     model = plan.model
     parts = microbatches_of(model, sh, batch, plan.microbatches, even=plan.placed is None)
@@ -156,15 +171,16 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: 
     sh = sh.overlapping(plan.async_tp if engine is not FUNC else 1)
     free, hold = engine is not FUNC, plan.placed is not None
     weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free, plan.reshard, hold)
-    gradients = Gradients(sh, plan.leaves, stored, plan.wire)
+    gradients = Gradients(sh, plan.leaves, stored, plan.wire, plan.precision)
+    scaled = seeds if scale is None else {term: seed * scale for term, seed in seeds.items()}
 
     def new_step() -> Step:
-        return Step(sh, engine, weights, gradients, seeds, key)
+        return Step(sh, engine, weights, gradients, scaled, key)
 
     if plan.placed is not None:
         losses, taps = execute(plan.placed, parts, new_step, weights, plan.remat)
         losses, taps = everywhere(plan.placed, losses, taps, counts)
-        grads, every = sum_shared(plan.placed, gradients.finish(params)), plan.placed.every(sh)
+        grads, every = sum_shared(plan.placed, gradients.finish(params, scale)), plan.placed.every(sh)
     else:
         losses, taps = {}, {}
         weights.plan(visits(model.chain, plan.remat, weights) * len(parts))
@@ -173,7 +189,7 @@ def value_and_grad(plan: Plan, sh: Sharding, params: Tree, batch: Batches, key: 
             for name, x in walk(model.chain, step, part, plan.remat).items():
                 losses[name] = losses[name] + x if name in losses else x
             add_taps(taps, step.taps)
-        grads, every = gradients.finish(params), sh
+        grads, every = gradients.finish(params, scale), sh
     terms = {name.removeprefix("loss."): x for name, x in losses.items()}
     metrics = {term: x / counts[term].clamp(min=1) for term, x in terms.items()}
     metrics["loss"] = sum((x * seeds[term] for term, x in terms.items()), start=torch.zeros_like(next(iter(terms.values()))))
@@ -192,8 +208,9 @@ def make_step(
     """`step(state, batch, limits=None) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
 
     settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
-    step that is given them raises ValueError. A step whose gradients are not finite, or of which a metric is not below its
-    limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit, donated or not.
+    step that is given them raises ValueError. A step whose gradients are not finite or larger than skip_norm, or of which a
+    metric is not below its limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit,
+    donated or not.
     """
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
@@ -237,15 +254,20 @@ def step_on_rank(
     model = plan.model
     batch = with_samples(sh, state.consumed, batch) if model.dropout else batch
     key = random.fold_in(state.key, state.consumed) if model.dropout else None
-    grads, metrics = value_and_grad(plan, sh, state.params, batch, key)
+    scale = plan.precision.scale(state.precision)
+    grads, metrics = value_and_grad(plan, sh, state.params, batch, key, scale)
     over: Any = Over(sh, plan.leaves)
     if plan.placed is not None:
         over = replace(over, every=plan.placed.every(sh), elsewhere=plan.placed.elsewhere)
     norm = over.norm(grads)
     metrics["grad_norm"] = norm
-    over, ok = Known(over, grads, norm), torch.isfinite(norm)
+    metrics |= {} if scale is None else {"loss_scale": scale}
+    metrics |= {"zeros": over.zeros(grads)} if plan.count_zeros else {}
+    over, finite = Known(over, grads, norm), torch.isfinite(norm)
+    allowed = torch.ones_like(finite)
     for name, most in (limits or {}).items():
-        ok = ok & (metrics[name].abs() < most)
+        allowed = allowed & (metrics[name].abs() < most)
+    ok = allowed & finite & (norm <= plan.skip_norm if plan.skip_norm is not None else finite)
     old = to_optimizer(plan.leaves, state.params, sh)
     compiled = isinstance(plan.compiled, Compiled)
     params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
@@ -257,7 +279,7 @@ def step_on_rank(
         key=state.key,
         consumed=state.consumed + rows_of(batch) * shards_of_batch(sh),
         skipped=state.skipped + (~ok).long(),
-        precision=state.precision,
+        precision=keep(allowed, plan.precision.update(state.precision, finite), state.precision),
     )
     return new, {**metrics, "skipped": new.skipped}
 

@@ -1,0 +1,40 @@
+"""Keys of [training] and [optimizer] about precision, clipping and what is skipped; config.py makes groups of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fmegatron.toml import option
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Keys of [training]: see docs/precision.md."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the computation; the master state is fp32")
+    accumulate_dtype: Literal["fp32", "bf16"] = option("fp32", "in which gradients of microbatches are summed")
+    loss_scale: str | None = option(None, "dynamic, a number, or off; none: dynamic for fp16, else off")
+    initial_loss_scale: float = option(2.0**32, "of a dynamic loss scale", at_least=0)
+    min_loss_scale: float = option(1.0, "it never falls below", at_least=0)
+    loss_scale_window: int = option(1000, "steps without overflow after which it grows", at_least=1)
+    loss_scale_growth: float = option(2.0, "times which it then grows", at_least=1)
+    loss_scale_backoff: float = option(0.5, "times which it falls after overflows", at_least=0)
+    hysteresis: int = option(2, "overflows since it last grew before it falls", at_least=1)
+    clip_norm: float | None = option(1.0, "largest norm of a step's gradient; none: as it is", at_least=0)
+    clip_value: float | None = option(None, "largest size of a gradient's elements, after clip_norm; none: as they are")
+    skip_norm: float | None = option(None, "a gradient of a larger norm is skipped; none: no finite one", at_least=0)
+    count_zeros: bool = option(False, "count the gradient's zeros: the metric zeros")
+
+    def __post_init__(self) -> None:
+        if self.loss_scale is not None and self.loss_scale not in ("dynamic", "off"):
+            try:
+                good = 0 < float(self.loss_scale) < float("inf")
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(f"training.loss_scale = {self.loss_scale}: dynamic, off, or a number above 0")
+        if self.dtype == "fp16" and self.loss_scale == "off":
+            raise ValueError("training.dtype = fp16 with training.loss_scale = off: small gradients would vanish, use dynamic")
+        if self.clip_value is not None and self.clip_value <= 0:
+            raise ValueError(f"training.clip_value = {self.clip_value}: must be above 0; leave it out for none")
