@@ -106,6 +106,7 @@ class Over:
         one = tree.leaves(grads)[0].new_ones((), dtype=torch.int64)
         for axis in (self.every or self.sh).mesh.axes:  # the same on all ranks of a stage
             if axis.size > 1 and axis.name != "pp":
+                assert self.sh.rank is not None
                 one = apply(one, self.sh.rank, Once(axis))
         every = over_ranks(self.every or self.sh, one * sum(map(math.prod, sizes)), Psum)
         return every - self._total(grads, lambda x: x.count_nonzero())
