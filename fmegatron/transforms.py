@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from fmegatron import tree
 from fmegatron.tree import Tree
@@ -144,10 +144,12 @@ class Compiled(Autograd):
         others, rest_spec = tree.flatten(rest)
         flat = [*leaves, *others]
         key = (kind, spec, rest_spec, tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in flat))
-        if key not in self.graphs:
-            self.graphs[key] = compile_block(fn, spec, len(leaves), rest_spec)
-        names, graph = self.graphs[key]
-        return dict(zip(names, graph(*flat), strict=True))
+        if key in self.graphs:
+            names, graph = self.graphs[key]
+            return dict(zip(names, graph(*flat), strict=True))
+        self.graphs[key] = names, graph = compile_block(fn, spec, len(leaves), rest_spec)
+        with tracing(cacheable()):  # compiles
+            return dict(zip(names, graph(*flat), strict=True))
 
 
 def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[str], Callable[..., Any]]:
@@ -182,8 +184,17 @@ def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[st
         bw_compiler=compiler(backward=True),
         partition_fn=partition,
         decompositions={**select_decomp_table(), **products_of_bf16()},
+        num_params_buffers=n + rest_spec.num_leaves,  # inputs of fixed shapes
     )
     return names, graph
+
+
+def cacheable() -> TracingContext:
+    """Where graphs are compiled: Inductor asks its cache on disk only where symbolic shapes have a place; ours have none."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
 
 
 # The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import SINGLE
 from fmegatron.testing import assert_max_traces, assert_trees_all_close
 from fmegatron.train.step import plan_step, value_and_grad
-from fmegatron.transforms import why_not_compile
+from fmegatron.transforms import Compiled, why_not_compile
 
 torch.set_num_threads(1)
 
@@ -31,3 +32,20 @@ def test_compiled_is_eager_and_traced_once():
             got = value_and_grad(compiled, compiled.sh, params, batch)
     assert_trees_all_close(got[0], expected[0], 1e-10)
     assert compiled.compiled is not None and len(compiled.compiled.graphs) <= 4  # embed, layer, final, loss
+
+
+@pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
+def test_a_graph_compiled_before_is_found_on_disk():
+    def block(wrt, rest):
+        return {"y": (wrt["x"] * rest["scale"]).sin()}
+
+    def run():
+        out, _, pullback = Compiled().vjp(block, wrt, rest, kind="sine")
+        return out["y"], pullback({"y": torch.ones(3, 5)})["x"]
+
+    wrt, rest = {"x": torch.randn(3, 5)}, {"scale": torch.full((5,), 0.3)}
+    first = run()
+    before = counters["inductor"]["fxgraph_cache_hit"]
+    again = run()
+    assert counters["inductor"]["fxgraph_cache_hit"] == before + 2  # forward and backward
+    assert_trees_all_close(list(again), list(first), 0.0)
