@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmegatron import config_precision, toml
+from fmegatron.config_faults import Faults
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
 
@@ -28,6 +29,8 @@ class Run:
     dir: str | None = option(None, "folder of metrics, checkpoints and pictures; none: runs/NAME")
     fresh: bool = option(False, "start over: delete what the folder holds")
     seed: int = option(0, "of parameters, dropout and the order of the data", at_least=0)
+    minutes: float = option(0.0, "save and leave after so long, to go on with the same command; 0: no limit", at_least=0)
+    exit_interval: int = option(0, "save and leave at the next step that this divides; 0: none", at_least=0)
 
     @property
     def folder(self) -> Path:
@@ -238,6 +241,7 @@ class RunConfig:
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
+    faults: Faults = Faults()
 
     def __post_init__(self) -> None:
         batch, parts = self.training.global_batch, self.training.microbatches

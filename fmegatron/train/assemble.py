@@ -22,7 +22,8 @@ from fmegatron.train.state import TrainState, init
 from fmegatron.train.step import make_step
 from fmegatron.tree import Tree
 
-OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard")
+OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard",
+        "heartbeat", "stragglers.jsonl")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Parts:
     sh: Sharding
     source: Source
     model: Model
-    start: Callable[[], TrainState]
+    start: Callable[[], tuple[TrainState, dict[str, Any]]]  # and what its checkpoint says
     plain: Any  # the model's config as JSON gives it back
     step: Callable[..., Any]
     compiled: bool

@@ -13,14 +13,17 @@ from fmegatron.train.state import TrainState
 Sampler = Callable[[Path, str], str]  # (checkpoint, prompt) -> text
 
 
-def close(parts: Parts, state: TrainState, finished: bool, sample: Sampler | None) -> None:
-    """Say what came out, where it lies and how to go on; a picture, and text that the model wrote."""
+def close(parts: Parts, state: TrainState, why: str | None, sample: Sampler | None) -> None:
+    """Say what came out, where it lies and how to go on; a picture, and text that the model wrote.
+
+    why: it ended before all steps were done; None where they are.
+    """
     saved = checkpoint.latest(parts.checkpoints)
     if not parts.first or saved is None:
         return
     c, again = parts.config, _command(parts.sh.mesh, f"train {parts.folder / 'config.toml'}")
-    if not finished:
-        parts.say(f"stopped at step {saving.steps_so_far(state)}; saved {saved}\nresume  {again}")
+    if why is not None:
+        parts.say(f"stopped at step {saving.steps_so_far(state)} ({why}); saved {saved}\nresume  {again}")
         return
     records = metrics.read(parts.folder / "metrics.jsonl")
     bits = next((r["bits_per_byte"] for r in reversed(records) if r.get("bits_per_byte")), None)

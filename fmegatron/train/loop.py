@@ -25,9 +25,11 @@ from fmegatron.train.assemble import Parts, assemble
 from fmegatron.train.book import Book
 from fmegatron.train.closing import Sampler, close
 from fmegatron.train.evaluate import held_out
+from fmegatron.train.faults.guard import Guard, watched
+from fmegatron.train.faults.watch import from_json
 from fmegatron.train.progress import progress
 from fmegatron.train.saver import Saver
-from fmegatron.train.signals import any_rank, stop_on_signals
+from fmegatron.train.signals import stop_on_signals
 from fmegatron.train.state import TrainState
 
 EVALUATED = 8192  # tokens of held-out text at once, where a training batch has fewer
@@ -41,15 +43,27 @@ def run(config: RunConfig, sample: Sampler | None = None) -> None:
     with ExitStack() as stack:
         mesh = stack.enter_context(setup.running(config.mesh))
         stack.enter_context(setup.deterministic(config.training.deterministic))
+        mesh, launches = watched(mesh, config)
         parts = assemble(config, mesh)
         parts.say(parts.describe())
-        state = parts.start()
-        state, finished = train(parts, state)
-    close(parts, state, finished, None if dist.is_initialized() else sample)  # the first process alone
+        guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, launches, parts.step, parts.say))
+        state, meta = parts.start()
+        guard.watch = from_json(meta.get("watch"))
+        state, end = train(parts, guard, state)
+        while end == "rollback":
+            bad = _consumed(state)
+            del state
+            state, meta = parts.start()
+            guard.past(bad, state, from_json(meta.get("watch")))
+            state, end = train(parts, guard, state, mark=True)
+    close(parts, state, end, None if dist.is_initialized() else sample)  # the first process alone
 
 
-def train(parts: Parts, state: TrainState) -> tuple[TrainState, bool]:
-    """Steps until all are done or somebody asks to stop; the state, and whether all are done."""
+def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) -> tuple[TrainState, str | None]:
+    """Steps until all are done or somebody asks to stop; the state, and why it ended before all were done ("rollback": bad).
+
+    mark: save at once, because the checkpoint that it comes from does not know which samples are left out.
+    """
     c = parts.config
     done, steps = saving.steps_so_far(state), c.training.steps
     saved = done if checkpoint.latest(parts.checkpoints) is not None else -1
@@ -65,37 +79,48 @@ def train(parts: Parts, state: TrainState) -> tuple[TrainState, bool]:
             schedule=parts.schedule,
             precision=c.training.dtype,
         )
+        guard.begin(done)
         feed = batches(
-            parts.source.rows,
+            guard.rows(parts.source.rows),
             c.training.global_batch,
-            int(state.consumed.flatten()[0]),
+            _consumed(state),
             **parts.reading,
         )
         stack.callback(feed.close)
         saver = stack.enter_context(Saver(partial(_write, parts), background=c.checkpoint.background))
-        while done < steps and not any_rank(stop.requested, device=parts.sh.mesh.device):
-            state, numbers = parts.step(state, next(feed))
+        if mark:
+            save(parts, guard, saver, state)
+            _note(show, saver.wait())
+        while done < steps and not guard.stops(stop, done):
+            outcome = guard.step(state, feed, done + 1)
+            state = outcome.state
+            if outcome.then == "elsewhere":
+                _note(show, save(parts, guard, saver, state) or saver.wait())
+                raise guard.elsewhere()
+            if outcome.then == "rollback":
+                return state, "rollback"
             done += 1
             _note(show, saver.check())
             if _due(done, c.training.check_replicas):
                 parts.check(state.params)
             measured = _due(done, c.validation.interval) or done == steps
-            book.add(done, numbers, partial(_measure, parts, state, whole=done == steps) if measured else None)
+            book.add(done, outcome.numbers, partial(_measure, parts, state, whole=done == steps) if measured else None)
             if _due(done, c.checkpoint.interval) and done < steps:
                 book.write()
-                _note(show, save(parts, saver, state))
+                _note(show, save(parts, guard, saver, state))
                 saved = done
                 book.restart()
         book.write()
         if done != saved:
-            _note(show, save(parts, saver, state, last=done >= steps))
+            _note(show, save(parts, guard, saver, state, last=done >= steps))
         _note(show, saver.wait())
-    return state, done >= steps
+    return state, None if done >= steps else guard.why
 
 
-def save(parts: Parts, saver: Saver, state: TrainState, *, last: bool = False) -> Path | None:
+def save(parts: Parts, guard: Guard, saver: Saver, state: TrainState, *, last: bool = False) -> Path | None:
     """Save a state, or begin to; what was finished. last: of a run that is done."""
-    c, meta = parts.config.checkpoint, parts.meta
+    guard.pulse.at("save")
+    c, meta = parts.config.checkpoint, parts.meta | {"watch": guard.watch.as_json()}
     items = saving.items(parts.model, parts.sh, state)
     if last and c.last_model_only:
         items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
@@ -131,6 +156,10 @@ def _measure(parts: Parts, state: TrainState, whole: bool) -> dict[str, float]:
     if rows is None:
         return {}
     return held_out(parts.evaluate, state.params, held_out_batches(rows, **parts.reading), rows.bytes)
+
+
+def _consumed(state: TrainState) -> int:
+    return int(state.consumed.flatten()[0])
 
 
 def _due(step: int, interval: int) -> bool:

@@ -29,8 +29,8 @@ class Resume:
     plain: Any  # the model's config as JSON gives it back
     say: Callable[[str], None]
 
-    def __call__(self) -> TrainState:
-        """The state to train from: the folder's newest good checkpoint, else `checkpoint.resume`, else a new one."""
+    def __call__(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state to train from: the folder's newest good checkpoint, else `checkpoint.resume`, else a new one; its meta."""
         c, fresh = self.config, self.init(None)
         found, said = checkpoint.newest_good(self.folder, verify=c.verify)
         own = found is not None
@@ -40,14 +40,14 @@ class Resume:
         for line in said:
             self.say(line)
         if found is None:
-            return fresh
+            return fresh, {}
         meta = checkpoint.read_meta(found)
         self._same_model(found, meta)
         options: dict[str, Any] = {"strict": c.strict, "say": self.say, "verify": False}
         if c.load == "params" and not own:
             params = saving.load_params(found, self.model, self.sh, start=fresh.params, **options)
             self.say(f"starts from the parameters of {found}")
-            return self.init(params)
+            return self.init(params), {}
         if meta.get("holds") == "params":
             raise ConfigError(
                 f"{found} holds parameters only: resume from an earlier step, or start a new --run.dir from it with "
@@ -55,7 +55,7 @@ class Resume:
             )
         state = saving.load(found, self.model, self.sh, fresh, **options)
         self.say(f"resumed at step {saving.steps_so_far(state)} from {found}")
-        return state
+        return state, meta
 
     def _same_model(self, found: Path | str, meta: dict[str, Any]) -> None:
         """One line where a checkpoint's model is another one."""
