@@ -119,10 +119,9 @@ class Decoder:
         assert model.output is not None
         self.model, self.sh, self.length = model, sh, 0
         slices = tree.map(lambda p, x: x.unbind(0) if p.layers is not None else x, model.declare, params)
-        nodes = [node for node in model.chain if not any(name.startswith("loss.") for name in node.writes)]
-        self.nodes = [(node, node_params(node, model.declare, slices, sh)) for node in nodes]
+        self.nodes = [(node, node_params(node, model.declare, slices, sh)) for node in model.trunk]
         self.output = (model.output, node_params(model.output, model.declare, slices, sh))
-        self.caches = [cache.Cache(capacity) for _ in nodes]
+        self.caches = [cache.Cache(capacity) for _ in self.nodes]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits after the last token."""

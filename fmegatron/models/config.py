@@ -74,6 +74,8 @@ class Config:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     loss_chunks: int = 1
+    mtp: int = 0  # so many further tokens are predicted too, each by a layer of its own
+    mtp_weight: float = 0.1  # of their losses' mean
     # dropout
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -96,6 +98,8 @@ class Config:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
         if self.kv_lora is not None:
             self._check_latent()
+        if self.mtp and self.positions == "learned":
+            raise ValueError(f"mtp = {self.mtp} with learned positions: a layer that looks ahead has none, use rope")
 
     def _check_latent(self) -> None:
         """ValueError where an option of plain attention is asked of a latent one."""
@@ -119,6 +123,7 @@ class Config:
             "mlp": self.mlp,
             "vocab": vocab,
             "position": self.context,
+            **({"joined": 2 * self.embed} if self.mtp else {}),
             **({} if self.latent is None else self.latent.sizes(self.head_dim)),
         }
 

@@ -3,6 +3,7 @@
 embed  tokens -> h          token table (+ learned positions), multiplier, norm; rotations for all layers, once
 layer  h -> h               h + attention(norm(h)), then h + mlp(norm(h))
 final  h -> out             last norm
+mtp    h, further tokens -> h, out.1, ...    where further tokens are predicted: models/mtp.py
 loss   out, labels -> sums  logits over a sharded vocabulary, a piece of the sequence at a time
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fmegatron import random
+from fmegatron.models import mtp
 from fmegatron.models.config import Config, kinds
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
 from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, norm, rope
@@ -68,7 +70,7 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """The last norm; the stream, labels and weights to where the loss wants their sequence."""
     h = norm.apply(sh, c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
-    return {
+    return ({"h": h} if c.mtp else {}) | {
         "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),
         "out.labels": sh.relayout(v["labels"], "batch seq -> batch loss_seq"),
         "out.weights": sh.relayout(v["weights"], "batch seq -> batch loss_seq"),
@@ -134,6 +136,8 @@ def gpt(c: Config) -> Model:
     declare["layers"] = {str(run.start): stack(declare_layer(c, every[run.start]), len(run)) for run in runs(c)}
     if c.norm_at != "post":
         declare["norm"] = norm.declare(c.block_norm)
+    if c.mtp:
+        declare["mtp"] = {"0": stack(mtp.declare(c, declare_layer(c, every[-1])), c.mtp)}
     if not c.tied:
         declare["head"] = {"weight": Param("vocab embed", normal(c.init_std))}
     head = (("table", "embed.token" if c.tied else "head.weight"),)
@@ -166,10 +170,11 @@ def gpt(c: Config) -> Model:
             partial(final, c),
             (("norm", "norm"),) if "norm" in declare else (),
             ("h", "labels", "weights"),
-            ends,
+            ("h", *ends) if c.mtp else ends,
             index=c.layers + 1,
             light=True,
         ),
+        *mtp.modules(c, blocks[-1]),
         Node(
             partial(loss, c),
             head,
@@ -178,13 +183,14 @@ def gpt(c: Config) -> Model:
             index=c.layers + 2,
             chunks=c.loss_chunks,
         ),
+        *mtp.judges(c, head),
     )
     return Model(
         declare=declare,
         sizes=c.sizes,
         chain=chain,
-        inputs=next_token,
-        counts_of=count_tokens(c.head.terms),
+        inputs=partial(mtp.inputs, c) if c.mtp else next_token,
+        counts_of=partial(mtp.counts_of, c) if c.mtp else count_tokens(c.head.terms),
         output=Node(partial(output, c), head, ("out",), ("logits",), index=c.layers + 2),
         config=c,
         dropout=c.dropouts,

@@ -38,6 +38,7 @@ class Node:
     params: (name inside fn, dotted path in the tree); the name "" merges the subtree itself.
     reads: values it may read, left out where the batch does not lead to them. writes: values it may write.
     layer: which slice of the stacked subtrees among its parameters.
+    mtp: it predicts further tokens, for the loss alone: logits and generation leave it out.
     index: its number in the whole model; the key it gets is folded with it. key is None without dropout.
     linear: in its parameters, so that their values are not needed again for its backward (a lookup).
     light: cheap beside the layers and run once: a compiled step leaves it eager, it is not worth the compile.
@@ -50,10 +51,16 @@ class Node:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     layer: int | None = None
+    mtp: bool = False
     index: int = 0
     linear: bool = False
     light: bool = False
     chunks: int = 0
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is one of the decoder's layers."""
+        return self.layer is not None and not self.mtp
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class Model:
         sh = sh.bind(self.sizes)
         return self.counts_of(sh, self.inputs(sh, batch))
 
+    @property
+    def trunk(self) -> tuple[Node, ...]:
+        """The nodes on the way to the logits."""
+        return tuple(node for node in self.chain if not node.mtp and not any(name.startswith("loss.") for name in node.writes))
+
     def loss(
         self,
         params: Tree,
@@ -116,8 +128,7 @@ class Model:
         if self.output is None:
             raise ValueError("this model has no output node, so it has no logits")
         sh = sh.bind(self.sizes)
-        nodes = tuple(node for node in self.chain if not any(name.startswith("loss.") for name in node.writes))
-        values = run_chain(self, (*nodes, self.output), params, self.inputs(sh, {"tokens": tokens, **batch}), sh=sh)
+        values = run_chain(self, (*self.trunk, self.output), params, self.inputs(sh, {"tokens": tokens, **batch}), sh=sh)
         return values["logits"][..., : sh.true_size("vocab")]
 
 

@@ -54,7 +54,7 @@ def check(run: PlanConfig, model: Model) -> None:
                 raise ConfigError(f"{wrong.partition(': use')[0]}: use {axis}={_near(legal, sizes[axis], f' or {axis}=')}")
         raise ConfigError(wrong)
     p, stages, m = run.pipeline, run.mesh.pp, run.training.microbatches
-    layers = sum(node.layer is not None for node in model.chain)
+    layers = sum(node.is_layer for node in model.chain)
     if layers % stages:
         raise ConfigError(f"{layers} layers do not divide over mesh.pp = {stages}: use pp = {_divisor(layers, stages)}")
     each = layers // stages

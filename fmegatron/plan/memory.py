@@ -22,7 +22,7 @@ def memory_of(
     model: Model, leaves: Sequence[LeafRow], work: Work, schedule: str, stages: int, virtual: int, microbatches: int
 ) -> dict[str, int]:
     """Bytes of a rank: parameters, gradients, optimizer, activations, peak. `model` and `leaves` are those of one stage."""
-    layers = sum(node.layer is not None for node in model.chain)
+    layers = sum(node.is_layer for node in model.chain)
     found = []
     for number in sorted({0, stages - 1}):
         mine = leaves_of(model, leaves, first=number == 0, last=number == stages - 1)
@@ -42,11 +42,11 @@ def memory_of(
 
 def leaves_of(model: Model, leaves: Sequence[LeafRow], first: bool, last: bool) -> list[LeafRow]:
     """A stage's leaves, of those of its layers and both ends."""
-    order = [node.layer is not None for node in model.chain]
+    order = [node.is_layer for node in model.chain]
     start = order.index(True) if True in order else 0
     held = set()
     for i, node in enumerate(model.chain):
-        if node.layer is not None or (first if i < start else last):
+        if node.is_layer or (first if i < start else last):
             held |= {path for _, path in node.params}
     return [row for row in leaves if any(f"{row.path}.".startswith(f"{path}.") for path in held)]
 

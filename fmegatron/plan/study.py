@@ -63,7 +63,7 @@ def study(run: PlanConfig, model: Model) -> Study:
         return setup.optimizer_of(run, part, setup.schedule_of(run))
 
     work = work_of(model, sh, tx_of, batch=rows, microbatches=m, donate=t.donate, **shared)
-    layers = -(-sum(node.layer is not None for node in model.chain) // stages)
+    layers = -(-sum(node.is_layer for node in model.chain) // stages)
     stage = first_layers(model, layers)
     one, two = (
         explain(stage, sh, tx=tx_of(stage), batch=(rows[0] // m * k, rows[1]), microbatches=k, **shared) for k in (1, 2)

@@ -69,7 +69,7 @@ def work_of(
 
     Two microbatches stand for any number above one: the second finds the gradients of the first, as all later ones do.
     """
-    layers = [node for node in model.chain if node.layer is not None]
+    layers = [node for node in model.chain if node.is_layer]
     period = math.lcm(_period([node.fn for node in layers]), max(parse_remat(remat).every, 1)) if layers else 1
     many = min(len(layers), period * max(4, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
     few = many - period if many > period else many
@@ -108,11 +108,11 @@ def _period(kinds: list[Hashable]) -> int:
 
 def first_layers(model: Model, n: int) -> Model:
     """The same model with its first n layers only."""
-    layers = [node for node in model.chain if node.layer is not None]
+    layers = [node for node in model.chain if node.is_layer]
     kept = layers[:n]
-    chain = tuple(node for node in model.chain if node.layer is None or node in kept)
+    chain = tuple(node for node in model.chain if not node.is_layer or node in kept)
     held: dict[str, int] = {}
-    for node in kept:
+    for node in (node for node in chain if node.layer is not None):
         for _, path in node.params:
             held[path] = max(held.get(path, 0), (node.layer or 0) + 1)
     declare: dict[str, Param] = {}
@@ -126,9 +126,9 @@ def first_layers(model: Model, n: int) -> Model:
 def _rehearsed(model: Model, sharding: Sharding, tx: Transform, **settings: Any) -> Meter:
     """The meter after a step."""
     meter = Meter()
-    first = next((i for i, node in enumerate(model.chain) if node.layer is not None), len(model.chain))
-    part = {node.fn: "layer" if node.layer is not None else "tail" for node in model.chain[first:]}
-    layers = sum(node.layer is not None for node in model.chain)
+    first = next((i for i, node in enumerate(model.chain) if node.is_layer), len(model.chain))
+    part = {node.fn: "layer" if node.is_layer else "tail" for node in model.chain[first:]}
+    layers = sum(node.is_layer for node in model.chain)
     engine = Watched(meter, part, layers)
 
     def finish(tx: Transform) -> Callable[..., Any]:

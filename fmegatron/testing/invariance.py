@@ -38,6 +38,8 @@ NAMES: Mapping[str, str] = MappingProxyType({  # "a b within c": lies where a an
     "out": "batch loss_seq embed",
     "out.labels": "batch loss_seq",
     "out.weights": "batch loss_seq",
+    **{f"out.{k}": "batch loss_seq embed" for k in range(1, 5)},  # of multi-token prediction
+    **{f"out.{name}.{k}": "batch loss_seq" for k in range(1, 5) for name in ("labels", "weights")},
 })
 
 

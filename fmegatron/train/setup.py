@@ -144,6 +144,8 @@ def with_loss(model: Model, target: str) -> Model:
     """
     if model.output is None or model.config is None:
         raise ConfigError(f"model.loss = {target}: this model has no logits; put the loss in its chain")
+    if any(node.mtp for node in model.chain):
+        raise ConfigError(f"model.loss = {target}: it is of the next token only, set model.overrides.mtp = 0")
     fn, head = configs.imported(target), model.config.head
 
     def node(sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
@@ -177,14 +179,14 @@ def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:
         return None
     if not c.mesh.virtual:
         raise ConfigError(f"mesh.pp = {ranks}: a run's stages share one process, set mesh.virtual (make_step takes processes)")
-    layers = sum(node.layer is not None for node in model.chain)
+    layers, predicted = sum(node.is_layer for node in model.chain), sum(node.mtp for node in model.chain)
     try:
         schedule = make_schedule(p.schedule, ranks, p.virtual, c.training.microbatches)
         if p.layout is not None:
-            layout = parse_layout(p.layout).check(layers, schedule.stages)
+            layout = parse_layout(p.layout).check(layers, schedule.stages, predicted)
         else:
             counts = {"count_embedding": p.count_embedding, "count_loss": p.count_loss}
-            layout = split_layers(layers, schedule.stages, first=p.first, last=p.last, **counts)
+            layout = split_layers(layers, schedule.stages, first=p.first, last=p.last, predicted=predicted, **counts)
     except ValueError as error:
         raise ConfigError(f"pipeline: {error}") from None
     return Pipeline(schedule, layout, p.remat_microbatches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fmegatron.models import mtp
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, Sharding, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
@@ -44,4 +45,30 @@ def test_a_shared_rope_key_whose_gradient_is_not_reduced(rules, monkeypatch):
 
     monkeypatch.setattr(Sharding, "align", align)
     with pytest.raises(AssertionError, match=r"leaves differ[\s\S]*kv_down"):
+        check(**case)
+
+
+def test_a_loss_ahead_that_is_normalised_locally(monkeypatch):
+    """Each rank divides by its own count of tokens that have one ahead, and the ranks are averaged."""
+    case = {"rules": "fsdp", "mesh": {"dp": 2}, "mtp": 1}
+    check(**case)
+    right = mtp.judge
+
+    def judge(c, k, sh, p, v, key):
+        own, ranks = v[f"out.weights.{k}"].sum(), 2 if sh.mesh.axes else 1
+        whole = sh.reduce("batch loss_seq -> loss_seq", v[f"out.weights.{k}"], "sum").sum()
+        return {name: x * whole / own / ranks for name, x in right(c, k, sh, p, v, key).items()}
+
+    monkeypatch.setattr(mtp, "judge", judge)
+    with pytest.raises(AssertionError, match="loss.mtp_1"):
+        check(**case)
+
+
+def test_a_shift_inside_each_shard(monkeypatch):
+    """Tokens ahead are looked for in a rank's own piece of the sequence: its last ones have none."""
+    case = {"rules": "fsdp", "mesh": {"cp": 2}, "mtp": 1}
+    check(**case)
+    monkeypatch.setattr(mtp, "in_order", lambda sh, x, v: x)
+    monkeypatch.setattr(mtp, "in_place", lambda sh, x, v: x)
+    with pytest.raises(AssertionError, match="node 3"):
         check(**case)

@@ -95,8 +95,11 @@ def split_layers(
     last: int | None = None,
     count_embedding: bool = False,
     count_loss: bool = False,
+    predicted: int = 0,
 ) -> Layout:
     """As many layers on each stage; first, last: other numbers on these. count_*: the embedding, the loss counts as a layer.
+
+    predicted: layers of multi-token prediction, which then lie on the last stage.
 
     Raises ValueError with the nearest legal choices where the layers do not divide.
     """
@@ -115,7 +118,7 @@ def split_layers(
         raise ValueError(f"{layers} layers over {stages} stages leave no room for embedding and loss: count neither")
     letters = ["t" * n for n in counts]
     letters[0] = "E" + letters[0]
-    letters[-1] += "L"
+    letters[-1] += "m" * predicted + "L"
     return Layout(tuple(letters))
 
 
@@ -132,18 +135,22 @@ def _indivisible(layers: int, stages: int, rest: int, free: int) -> str:
 def place_nodes(chain: Sequence[Node], layout: Layout) -> Stages:
     """The chain's nodes on the layout's stages: E is what comes before the first layer, L what comes after the last.
 
-    A node between two layers goes with the one before it.
+    A node between two layers goes with the one before it. What lies between the layers and the first m goes with that m.
     """
-    at = [i for i, node in enumerate(chain) if node.layer is not None]
-    layout.check(len(at), len(layout.stages))
-    blocks = {"E": chain[: at[0]] if at else chain[:-1], "L": chain[at[-1] + 1 :] if at else chain[-1:]}
+    at = [i for i, node in enumerate(chain) if node.is_layer]
+    after = at[-1] + 1 if at else len(chain) - 1
+    ahead = [i for i, node in enumerate(chain) if node.mtp]
+    layout.check(len(at), len(layout.stages), len(ahead))
+    blocks = {"E": chain[: at[0]] if at else chain[:-1], "L": chain[ahead[-1] + 1 if ahead else after :]}
+    first = [after, *ahead[1:]] if ahead else []
+    predicted = iter([tuple(chain[i : end + 1]) for i, end in zip(first, ahead, strict=True)])
     ends = [*at[1:], at[-1] + 1] if at else []
     layers = iter([tuple(chain[i:end]) for i, end in zip(at, ends, strict=True)])
     out = []
     for letters in layout.stages:
         nodes: list[Node] = []
         for letter in letters:
-            nodes += next(layers) if letter == "t" else blocks[letter]
+            nodes += next(layers) if letter == "t" else next(predicted) if letter == "m" else blocks[letter]
         out.append(tuple(nodes))
     return tuple(out)
 

@@ -122,8 +122,8 @@ def place_pipeline(pipeline: Pipeline, model: Model, mesh: Mesh) -> Placed:
     Raises ValueError in one line where ranks, stages and layers do not fit.
     """
     schedule = pipeline.schedule
-    layers = sum(node.layer is not None for node in model.chain)
-    layout = pipeline.layout or split_layers(layers, schedule.stages)
+    layers = sum(node.is_layer for node in model.chain)
+    layout = pipeline.layout or split_layers(layers, schedule.stages, predicted=sum(node.mtp for node in model.chain))
     rank, ranks = None, mesh.sizes.get("pp", 1)
     if ranks > 1:
         if mesh.stacked:
