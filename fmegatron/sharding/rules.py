@@ -55,6 +55,7 @@ class Rules:
         in CONTEXTS.
     layers: {layer, counted from 1: such lines for it in place of `attention`}.
     zigzag: the axes, outermost of seq's, over which a rank holds a chunk of the sequence's head and one of its tail.
+    apart: the mesh axis along which parameters and optimizer state are each rank's own, see apart.py; None: there is none.
     """
 
     compute: Lines = ()
@@ -65,6 +66,7 @@ class Rules:
     attention: Lines | str = ()
     layers: Mapping[int, Lines | str] | Iterable[tuple[int, Lines | str]] = ()
     zigzag: tuple[str, ...] = ()
+    apart: str | None = None
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ CONTEXTS: Mapping[str, Lines] = MappingProxyType({  # forms of context paralleli
     "ulysses": (("q_heads", ("tp", "cpa", "cp")), ("q_kv", ("tp?", "cpa?", "cp?"))),
     "hierarchical": (("q_heads", ("tp", "cpa")), ("q_kv", ("tp?", "cpa?")), ("kv_seq", "cp")),
 })
-BATCH: RuleLike = ("batch", ("dp", "fsdp", "ep"))
+BATCH: RuleLike = ("batch", ("replica", "dp", "fsdp", "ep"))
 CONTEXT: tuple[RuleLike, ...] = (("seq", ("cp", "cpa")), ("loss_seq", ("cp", "cpa")))
 TENSOR: tuple[RuleLike, ...] = (("heads", "tp"), ("kv", "tp?"), ("mlp", "tp"), ("vocab", "tp"), ("expert", "ep"))
 SEQUENCE: tuple[RuleLike, ...] = (("seq", ("cp", "cpa", "tp")), ("loss_seq", ("cp", "cpa")))

@@ -61,10 +61,11 @@ def rehearse(
     params = tree.map_with_path(lambda path, _: _empty(shapes[path]), model.declare)
     data = {key: shard(sh, _empty((rows, seq)[: len(names.split())], _dtype(key)), names) for key, names in fields.items()}
     with torch.no_grad():
-        opt_state = spmd(plan.sh, lambda here: tx.init(to_optimizer(plan.leaves, params, here)))()
+        held = spmd(plan.sh, lambda here: to_optimizer(plan.leaves, params, here))()
+        opt_state, outer = tx.init(held), plan.meeting.outer(held)
     zero = _empty((), torch.int64)
-    state = TrainState(zero, params, opt_state, zero, zero, zero)
-    run = spmd(plan.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate))
+    state = TrainState(zero, params, opt_state, zero, zero, zero, outer=outer)
+    run = spmd(plan.meeting.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate))
 
     def step() -> None:
         with torch.no_grad():

@@ -30,8 +30,9 @@ from fmegatron.models.model import Model
 from fmegatron.nn.param import Param, matrix
 from fmegatron.optim.adafactor import inputs, outputs
 from fmegatron.sharding import Mesh, Placement, Sharding
+from fmegatron.sharding.apart import replicas
 from fmegatron.sharding.chunks import Chunks, chunks_of
-from fmegatron.train import checkpoint
+from fmegatron.train import checkpoint, lifted
 from fmegatron.train.leaves import Leaf, plan_leaves
 from fmegatron.train.state import TrainState
 from fmegatron.tree import Tree
@@ -78,7 +79,7 @@ def load(
     state = tree.map(_own_memory, state)
     found = _found(path, verify)
     wanted = select(found, items(model, sh, state, copies=True), "", strict, say)
-    checkpoint.load(found, wanted, verify=False)
+    lifted.load(found, wanted, replicas(sh), say)
     return state
 
 
@@ -101,7 +102,7 @@ def load_params(
     params = layers.zeros(model, sh, dtype) if start is None else tree.map(lambda x: _own_memory(x.to(dtype)), start)
     found = _found(path, verify)
     wanted = select(found, _params(params, model, sh, copies=True), "params.", strict, say)
-    checkpoint.load(found, wanted, verify=False)
+    lifted.load(found, wanted, 1, say)
     return tree.map(lambda x: x.to(sh.mesh.device), params)
 
 
@@ -152,7 +153,10 @@ def steps_so_far(state: TrainState) -> int:
 
 def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False) -> dict[str, Chunks]:
     """{key: this process's pieces} of a state. copies: also those that another rank gives, as loading wants them."""
-    sh = sh.bind(model.sizes)
+    sh, count = sh.bind(model.sizes), replicas(sh)
+    if count > 1:
+        own = {r: items(model, one, part, copies=copies) for r, one, part in lifted.by_replica(sh, state)}
+        return lifted.lift(own, count, copies)
     leaves = plan_leaves(model, sh)
     out = _params(state.params, model, sh, copies)
     beside = [("opt", state.opt_state), ("precision", state.precision)]
@@ -165,11 +169,25 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
             declared, place = _factored(prefix.split(".")[-2], leaf)
             by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, {**model.sizes, "one": 1}, sh.mesh, copies)
             out |= {prefix + key: chunks for key, chunks in by_layer.items()}
-    return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
+    return out | _outer(state.outer, model, sh, leaves, copies) | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
 
 
 def _params(params: Tree, model: Model, sh: Sharding, copies: bool) -> dict[str, Chunks]:
     return {f"params.{path}": chunks for path, chunks in layers.by_layer(model, sh, params, copies).items()}
+
+
+def _outer(outer: Tree, model: Model, sh: Sharding, leaves: Mapping[str, Leaf], copies: bool) -> dict[str, Chunks]:
+    """An outer optimizer's state: it has layers one by one, each as its parameter lies in the optimizer."""
+    by_name = {name: leaf for path, leaf in leaves.items() for name in layers.layer_paths(path, leaf.param)}
+    out: dict[str, Chunks] = {}
+    for path, x in _named(outer):
+        leaf = _mirrored(path, by_name)
+        if leaf is None:
+            out[f"outer.{path}"] = _everywhere(x, sh.mesh, copies)
+            continue
+        place, true, cut = leaf.optimizer, leaf.param.true_shape(model.sizes), int(leaf.stacked)
+        out[f"outer.{path}"] = chunks_of(x, Placement(place.names[cut:], place.axes[cut:]), true[cut:], sh.mesh, copies)
+    return out
 
 
 def _everywhere(x: Tensor, mesh: Mesh, copies: bool) -> Chunks:

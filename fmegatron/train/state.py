@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,13 @@ from fmegatron.nn import param
 from fmegatron.optim import Transform
 from fmegatron.optim.base import Dims, Views
 from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.apart import inside
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
 from fmegatron.train.matrices import mean_over, on_matrices
+from fmegatron.train.meeting import meeting_of
+from fmegatron.train.semisync import SemiSync
 from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.tree import Tree
 
@@ -28,6 +31,7 @@ class TrainState(NamedTuple):
     """step: applied updates. consumed: samples seen. skipped: steps that changed nothing else. All 0-D int64.
 
     precision: what the run's precision keeps from step to step (loss scale, remainders; see precision.py), or nothing.
+    outer: what semi-synchronous replicas keep of their outer optimizer (semisync.py), or nothing.
     """
 
     step: Tensor
@@ -37,6 +41,7 @@ class TrainState(NamedTuple):
     consumed: Tensor
     skipped: Tensor
     precision: Tree = ()
+    outer: Tree = ()
 
 
 def init(
@@ -47,26 +52,30 @@ def init(
     params: Tree = None,
     dtype: torch.dtype = torch.float32,
     precision: Precision = PLAIN,
+    semisync: SemiSync | None = None,
 ) -> TrainState:
     """The state before the first step: local shards, stacked where one process holds all ranks.
 
     params: local shards to start from (of `models.from_hf`, say); None draws them from `key`, each rank its own shards only,
     with bit-equal values on every mesh. dtype: of the parameters at rest. precision: what is kept beside
-    them.
+    them. semisync: the step's.
     """
-    sh = sh.bind(model.sizes)
-    leaves = plan_leaves(model, sh)
+    meeting = meeting_of(model, sh.bind(model.sizes), semisync)
+    one = inside(meeting.sh)
+    leaves = plan_leaves(model, one)
     seed = random.key(key) if isinstance(key, int) else key
 
     def on_rank(here: Sharding, like: Tensor, given: Tree) -> TrainState:
+        here = replace(one, rank=here.rank)
         own = given if given is not None else init_params(model, here, leaves, seed.to(like.device), dtype)
         zero = tree.leaves(own)[0].new_zeros((), dtype=torch.int64)
-        state = tx.init(to_optimizer(leaves, own, here))
+        held = to_optimizer(leaves, own, here)
         key = seed.to(like.device) + zero
-        return TrainState(zero, own, state, key, zero.clone(), zero.clone(), precision.init(zero))
+        kept, outer = precision.init(zero), meeting.outer(held)
+        return TrainState(zero, own, tx.init(held), key, zero.clone(), zero.clone(), kept, outer)
 
     like = torch.zeros(sh.mesh.size if sh.mesh.stacked else (), device=sh.mesh.device)
-    return spmd(sh, on_rank)(like, params)
+    return spmd(meeting.sh, on_rank)(like, params)
 
 
 def init_params(model: Model, sh: Sharding, leaves: dict[str, Leaf], key: Tensor, dtype: torch.dtype) -> Tree:

@@ -11,7 +11,7 @@ The same function runs on one device, on a mesh under torchrun, and on a virtual
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,17 +22,21 @@ from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
 from fmegatron.sharding.collectives import Pmax, Psum
 from fmegatron.split import SPLIT
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
+from fmegatron.train.meeting import Meeting, meeting_of
 from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
 from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
 from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.train.remat import Remat, parse_remat
+from fmegatron.train.saving import steps_so_far
+from fmegatron.train.semisync import SemiSync
 from fmegatron.train.state import Over, TrainState, over_ranks
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
@@ -61,6 +65,7 @@ class Plan:
     precision: Precision = PLAIN
     skip_norm: float | None = None
     count_zeros: bool = False
+    meeting: Meeting = field(kw_only=True)  # of replicas that go apart; its sharding is that of all ranks
 
     @property
     def engine(self) -> Engine:
@@ -94,6 +99,7 @@ def plan_step(
     precision: Precision = PLAIN,
     skip_norm: float | None = None,
     count_zeros: bool = False,
+    semisync: SemiSync | None = None,
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
@@ -104,8 +110,10 @@ def plan_step(
     term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
     mesh with an axis pp the plan's model and sharding are those of this rank's stages. precision: that of `init`. skip_norm:
     a step whose gradient has a larger norm is skipped. count_zeros: the metric "zeros", of the gradient's elements.
+    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica.
     """
     precision.check(dtype)
+    every, sh = sh, inside(sh)
     placed = None
     if pipeline is not None:
         schedule = pipeline.schedule
@@ -149,6 +157,7 @@ def plan_step(
         precision=precision,
         skip_norm=skip_norm,
         count_zeros=count_zeros,
+        meeting=meeting_of(model, without_pp(every).bind(model.sizes), semisync),
     )
 
 
@@ -205,26 +214,30 @@ Limits = Mapping[str, float]  # {metric: what its size must stay below}
 def make_step(
     model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`step(state, batch, limits=None) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
+    """`step(state, batch, limits=None, clock=None) -> (state, metrics)` on local shards (stacked where one process holds all).
 
     settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
     step that is given them raises ValueError. A step whose gradients are not finite or larger than skip_norm, or of which a
     metric is not below its limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit,
-    donated or not.
+    donated or not. clock: steps so far, for semisync;
+    None reads it from the state, which waits for the step before.
     """
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
     plan = plan_step(model, sh, **settings)
     finish = fuse(tx)
 
-    def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
-        return step_on_rank(plan, finish, here, state, batch, donate, limits)
-
-    run = spmd(plan.sh, on_rank)
-
-    def step(state: TrainState, batch: Batches, limits: Limits | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None
+    ) -> tuple[TrainState, Metrics]:
         if state.step.numel() == 0:
             raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
+        at = steps_so_far(state) if clock is None and plan.meeting.rule is not None else clock or 0
+
+        def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
+            return step_on_rank(plan, finish, here, state, batch, donate, limits, at)
+
+        run = spmd(plan.meeting.sh, on_rank)
         with torch.no_grad():
             given = dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
             new, metrics = run(state, given, dict(limits or {}))
@@ -249,10 +262,12 @@ def step_on_rank(
     batch: Batches,
     donate: bool = False,
     limits: Limits | None = None,
+    clock: int = 0,
 ) -> tuple[TrainState, Metrics]:
-    """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`."""
-    model = plan.model
-    batch = with_samples(sh, state.consumed, batch) if model.dropout else batch
+    """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`; clock: steps so far, for meetings."""
+    model, meeting, every = plan.model, plan.meeting, sh
+    batch = with_samples(every, state.consumed, batch) if model.dropout else batch
+    sh = replace(plan.sh, rank=every.rank) if meeting.rule is not None else every
     key = random.fold_in(state.key, state.consumed) if model.dropout else None
     scale = plan.precision.scale(state.precision)
     grads, metrics = value_and_grad(plan, sh, state.params, batch, key, scale)
@@ -266,22 +281,25 @@ def step_on_rank(
     over, finite = Known(over, grads, norm), torch.isfinite(norm)
     allowed = torch.ones_like(finite)
     for name, most in (limits or {}).items():
-        allowed = allowed & (metrics[name].abs() < most)
+        allowed = allowed & meeting.everywhere(every, metrics[name].abs() < most)
     ok = allowed & finite & (norm <= plan.skip_norm if plan.skip_norm is not None else finite)
     old = to_optimizer(plan.leaves, state.params, sh)
+    old, opt_state, outer = meeting.before(every, clock, (old, state.opt_state, state.outer))
     compiled = isinstance(plan.compiled, Compiled)
-    params, opt_state = finish(grads, state.opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
+    params, opt_state = finish(grads, opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
+    params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
     params = to_storage(plan.leaves, params, sh)
     new = TrainState(
         step=state.step + ok.long(),
         params=params,
         opt_state=opt_state,
         key=state.key,
-        consumed=state.consumed + rows_of(batch) * shards_of_batch(sh),
+        consumed=state.consumed + rows_of(batch) * shards_of_batch(every),
         skipped=state.skipped + (~ok).long(),
         precision=keep(allowed, plan.precision.update(state.precision, finite), state.precision),
+        outer=outer,
     )
-    return new, {**metrics, "skipped": new.skipped}
+    return new, meeting.metrics(every, {**metrics, "skipped": new.skipped}, dict(plan.weights))
 
 
 def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

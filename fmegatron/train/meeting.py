@@ -1,0 +1,98 @@
+"""Where replicas of a mesh meet: a step's synchronisations, and its metrics over all of them.
+
+The step itself runs inside one replica (`sharding/apart.py`); a Meeting is all that it knows of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models.model import Model
+from fmegatron.sharding import Sharding, spmd
+from fmegatron.sharding.apart import axis_of, mean_over, replicas
+from fmegatron.sharding.bucket import Wire
+from fmegatron.sharding.collectives import Pmax, Psum
+from fmegatron.sharding.relayout import run
+from fmegatron.train.semisync import Piece, SemiSync, init_outer, pieces_of, synchronize
+from fmegatron.tree import Tree
+
+Held = tuple[Tree, Tree, Tree]  # parameters and state as the optimizer holds them, and the outer optimizer's
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The rule of a step, and the sharding with all replicas; without a rule every method gives back what it got."""
+
+    sh: Sharding
+    rule: SemiSync | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    def before(self, sh: Sharding, clock: int, held: Held) -> Held:
+        """On one rank, between gradient and update; clock: steps before this one."""
+        return held if self.rule is None or self.rule.after else self.at(sh, clock, held)
+
+    def after(self, sh: Sharding, clock: int, held: Held) -> Held:
+        """On one rank, after the update; clock: as in `before`."""
+        return held if self.rule is None or not self.rule.after else self.at(sh, clock + 1, held)
+
+    def at(self, sh: Sharding, clock: int, held: Held) -> Held:
+        """What is due at this clock."""
+        assert self.rule is not None
+        wire = None if self.rule.dtype is None else Wire(self.rule.dtype, self.rule.dtype)
+        return synchronize(self.rule, self.pieces, clock, held, partial(mean_over, sh), partial(mean_over, sh, wire=wire))
+
+    def everywhere(self, sh: Sharding, ok: Tensor) -> Tensor:
+        """Whether it holds on all replicas: what one refuses, all refuse."""
+        axis = None if self.rule is None else axis_of(sh)
+        return ok if axis is None else run((~ok).long(), sh.rank, [Pmax(axis)]) == 0
+
+    def outer(self, params: Tree) -> Tree:
+        """The outer optimizer's first state, for parameters as the optimizer holds them."""
+        return () if self.rule is None else init_outer(self.rule, self.pieces, params)
+
+    def metrics(self, sh: Sharding, own: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+        """Over all replicas, from each one's own: means of terms by their counts; counts, taps and skips added up; largest
+        values of those named tap.max; of all else the mean. One collective, and one more for largest values."""
+        if self.rule is None or (axis := axis_of(sh)) is None:
+            return dict(own)
+        terms = [name.removeprefix("count.") for name in own if name.startswith("count.")]
+        added = {name: x.double() * (own[f"count.{name}"] if name in terms else 1) for name, x in own.items()
+                 if not name.startswith("tap.max.")}  # fmt: skip
+        sums = dict(zip(added, run(torch.stack(list(added.values())), sh.rank, [Psum(axis)]).unbind(0), strict=True))
+        whole = ("count.", "tap.", "skipped")
+        out = {name: x if name.startswith(whole) else x / axis.size for name, x in sums.items()}
+        out |= {term: sums[term] / sums[f"count.{term}"].clamp(min=1) for term in terms}
+        out["loss"] = sum((factors.get(term, 1.0) * out[term] for term in terms), start=torch.zeros_like(out["loss"]))
+        highest = {name: run(x, sh.rank, [Pmax(axis)]) for name, x in own.items() if name.startswith("tap.max.")}
+        return {name: highest[name] if name in highest else out[name].to(x.dtype) for name, x in own.items()}
+
+
+def meeting_of(model: Model, sh: Sharding, rule: SemiSync | None) -> Meeting:
+    """How the replicas of a sharding meet. Raises ValueError where a rule and `Rules.apart` do not come together."""
+    if (rule is None) != (sh.rules.apart is None):
+        said = "replicas go apart (Rules.apart) and no SemiSync says when they meet" if rule is None else (
+            f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no such axis (Rules.apart)")  # fmt: skip
+        raise ValueError(said)
+    axis_of(sh)  # checks where the axis lies
+    return Meeting(sh, rule, () if rule is None else pieces_of(model, rule))
+
+
+def make_average(model: Model, sh: Sharding) -> Callable[[Tree], Tree]:
+    """`average(params) -> params`: each stored leaf's mean over replicas that go apart; the same tree where there are none."""
+    if replicas(sh) == 1:
+        return lambda params: params
+
+    run_all = spmd(sh.bind(model.sizes), lambda here, values: mean_over(here, values))
+
+    def average(params: Tree) -> Tree:
+        values, spec = tree.flatten(params)
+        with torch.no_grad():
+            return tree.unflatten(spec, run_all(values))
+
+    return average

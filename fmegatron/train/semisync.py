@@ -1,0 +1,229 @@
+"""Semi-synchronous training: replicas step on their own data, and average what they hold now and then. Pure functions.
+
+    rule = SemiSync(params=32, moments={"mu": 96, "nu": 192})                        DES-LOC
+    rule = SemiSync(params=32, moments=32)                                           Local Adam (Local SGD with sgd)
+    rule = SemiSync(params=32, outer=sgd(0.7, momentum=0.9, nesterov=True))          DiLoCo
+    rule = SemiSync(params=32, outer=..., fragments=4)                               streaming DiLoCo: a fragment every 8 steps
+
+At step t replica m takes its gradient g at its own parameters. DES-LOC (arXiv 2505.22549, Algorithm 1) then averages, before
+the local update, whatever has a period that divides t:
+
+    x = mean over m of x_m  if K_x divides t, else x_m       u likewise with K_u, v with K_v
+    u = b1 u + (1 - b1) g;   v = b2 v + (1 - b2) g²;   x = x - rate u / (sqrt(v) + eps)
+
+That is order="before". order="after" averages at the end of step t where the period divides t + 1, so that the next gradient is
+taken at the mean: Local SGD, DiLoCo (arXiv 2311.08105). With an outer optimizer the mean is not what replicas go on from:
+
+    d = mean over m of (a - x_m);   a = a + outer(d);   x = a          a: where all replicas last stood together
+
+Everything here is a function of the clock (steps so far, a Python int, equal on all replicas) and the state. The first
+step has nothing to average: replicas start equal. `mean` is how values meet: `apart.mean_over` on a mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+
+from fmegatron import tree
+from fmegatron.models import layers
+from fmegatron.models.model import Model
+from fmegatron.optim import Transform, apply_updates
+from fmegatron.tree import Tree
+
+Mean = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class SemiSync:
+    """When replicas meet, and what they do then. Periods are in steps; a period of 0 is never.
+
+    params: of the parameters. moments: of the optimizer's state, one for all, or by slot ({"mu": 96, "nu": 192}), each slot
+    named. outer: of the pseudo-gradient; None: replicas go on from the mean. order: None is "before", with an outer optimizer
+    "after". fragments: parts of the parameters, which take turns inside a period. pattern: how layers fall into them.
+    keep: share of its own parameters that a replica keeps at a synchronisation (alpha of streaming DiLoCo).
+    dtype: in which pseudo-gradients travel; None is their own.
+    """
+
+    params: int
+    moments: int | Mapping[str, int] = 0
+    outer: Transform | None = None
+    order: Literal["before", "after"] | None = None
+    fragments: int = 1
+    pattern: Literal["strided", "sequential"] = "strided"
+    keep: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        moments = self.moments.values() if isinstance(self.moments, Mapping) else (self.moments,)
+        if self.params < 1 or min(moments, default=0) < 0:
+            raise ValueError(f"periods params = {self.params}, moments = {self.moments}: at least 1 step, and 0 for no moments")
+        if not 1 <= self.fragments <= self.params:
+            raise ValueError(f"fragments = {self.fragments}: each needs a step of its own in a period of {self.params}")
+        if not 0 <= self.keep < 1:
+            raise ValueError(f"keep = {self.keep}: a share, at least 0 and below 1")
+        if self.dtype is not None and self.outer is None:
+            raise ValueError(f"dtype = {self.dtype} is of pseudo-gradients, which an outer optimizer takes: name one")
+
+    @property
+    def after(self) -> bool:
+        """Whether replicas meet after a step's update, not before."""
+        return self.order == "after" or (self.order is None and self.outer is not None)
+
+    def fragment_at(self, clock: int) -> int | None:
+        """Whose turn it is; fragment f's is f / fragments of a period after the first one's."""
+        turns = [f * self.params // self.fragments for f in range(self.fragments)]
+        return turns.index(clock % self.params) if clock > 0 and clock % self.params in turns else None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or one layer of a stacked one, by the name that files give it; and the fragment it belongs to."""
+
+    name: str
+    path: str
+    row: int | None
+    fragment: int
+
+    def of(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Its tensor among parameters by path."""
+        return params[self.path] if self.row is None else params[self.path][self.row]
+
+
+def pieces_of(model: Model, rule: SemiSync) -> tuple[Piece, ...]:
+    """The model's parameters in fragments: layers in turn or in runs, and what is no layer where least is so far."""
+    declared = tree.to_paths(model.declare)
+    sizes = {path: math.prod(p.true_shape(model.sizes)) for path, p in declared.items()}
+    depth = 1 + max((layers.split_run(name)[1] for path, p in declared.items() if p.layers is not None
+                     for name in layers.layer_paths(path, p)), default=0)  # fmt: skip
+    found, filled = list[Piece](), [0] * rule.fragments
+    for path, p in declared.items():
+        for row, name in enumerate(layers.layer_paths(path, p) if p.layers is not None else ()):
+            layer = layers.split_run(name)[1]
+            fragment = layer % rule.fragments if rule.pattern == "strided" else layer * rule.fragments // depth
+            filled[fragment] += sizes[path] // (p.layers or 1)
+            found.append(Piece(name, path, row, fragment))
+    for path in sorted((path for path, p in declared.items() if p.layers is None), key=lambda path: (-sizes[path], path)):
+        fragment = filled.index(min(filled))
+        filled[fragment] += sizes[path]
+        found.append(Piece(path, path, None, fragment))
+    return tuple(found)
+
+
+# -- moments, and parameters without an outer optimizer ---------------------------------------------------------------
+def desloc_sync(step: int, params: Tree, opt_state: Tree, periods: tuple[Tree, Tree], mean: Mean) -> tuple[Tree, Tree]:
+    """Parameters and state, averaged where a leaf's period divides `step`.
+
+    periods: for the parameters and for the state, each a tree of ints or a prefix of one; 0 is never. Counts are no moments:
+    what is not floating stays. All that is due goes through one call of `mean`.
+    """
+    both = (params, opt_state)
+    values, spec = tree.flatten(both)
+    due = [
+        i for i, (x, every) in enumerate(zip(values, optree.broadcast_prefix(periods, both), strict=True))
+        if every and step > 0 and step % every == 0 and x.is_floating_point()
+    ]  # fmt: skip
+    if due:
+        for i, x in zip(due, mean([values[i] for i in due]), strict=True):
+            values[i] = x
+    params, opt_state = tree.unflatten(spec, values)
+    return params, opt_state
+
+
+def moment_periods(moments: int | Mapping[str, int], params: Tree, opt_state: Tree) -> Tree:
+    """A tree like an optimizer's state: the period of each leaf that mirrors a parameter, by its slot, and 0 for counts.
+
+    Raises ValueError where slots and the optimizer's do not match: a moment without a period would be a silent choice.
+    """
+    paths, slots = frozenset(tree.to_paths(params)), set[str]()
+
+    def period(path: str, x: Tensor) -> int:
+        slot = slot_of(path, paths)
+        if slot is None or not x.is_floating_point():
+            return 0
+        slots.add(slot)
+        return moments if isinstance(moments, int) else moments.get(slot, 0)
+
+    periods = tree.map_with_path(period, opt_state)
+    if not isinstance(moments, int) and moments.keys() != slots:
+        has = ", ".join(sorted(slots)) or "none"
+        raise ValueError(f"moments = {dict(moments)}: this optimizer's are {has}; give each its period, 0 for never")
+    return periods
+
+
+def slot_of(path: str, params: frozenset[str]) -> str | None:
+    """The slot of a state's leaf that mirrors a parameter, "0.mu.layers.0.attn.q" -> "mu"; None of any other leaf."""
+    parts = path.split(".")
+    return next((parts[i - 1] for i in range(1, len(parts)) if ".".join(parts[i:]) in params), None)
+
+
+# -- parameters in fragments, with an outer optimizer -----------------------------------------------------------------
+def init_outer(rule: SemiSync, pieces: Sequence[Piece], params: Tree) -> Tree:
+    """{"params": {name: a}, "state": {fragment: the outer optimizer's}}; empty where there is no outer optimizer."""
+    if rule.outer is None:
+        return ()
+    flat = tree.to_paths(params)
+    start = {piece.name: piece.of(flat).clone() for piece in pieces}
+    mine = [[piece.name for piece in pieces if piece.fragment == f] for f in range(rule.fragments)]
+    state = {str(f): rule.outer.init({name: start[name] for name in names}) for f, names in enumerate(mine)}
+    return {"params": start, "state": state}
+
+
+def fragment_sync(
+    rule: SemiSync, pieces: Sequence[Piece], clock: int, params: Tree, outer: Tree, mean: Mean, mean_delta: Mean
+) -> tuple[Tree, Tree]:
+    """Parameters and outer state after the fragment whose turn it is has met; mean_delta: how pseudo-gradients meet."""
+    fragment = rule.fragment_at(clock)
+    mine = [piece for piece in pieces if piece.fragment == fragment]
+    if not mine:
+        return params, outer
+    flat = tree.to_paths(params)
+    own = {piece.name: piece.of(flat) for piece in mine}
+    if rule.outer is None:
+        new = dict(zip(own, mean(list(own.values())), strict=True))
+    else:
+        start = {name: outer["params"][name] for name in own}
+        deltas = mean_delta([start[name] - x for name, x in own.items()])
+        at = str(fragment)
+        updates, state = rule.outer.update(dict(zip(own, deltas, strict=True)), outer["state"][at], start)
+        new = apply_updates(start, updates)
+        outer = {"params": {**outer["params"], **new}, "state": {**outer["state"], at: state}}
+    # Never the outer's own tensors: a donating step overwrites parameters in place.
+    given = {name: new[name].lerp(x, rule.keep) if rule.keep else new[name].clone() for name, x in own.items()}
+    return _put(params, mine, given), outer
+
+
+def _put(params: Tree, pieces: Sequence[Piece], values: Mapping[str, Tensor]) -> Tree:
+    """Parameters with some pieces in place of their own."""
+    by_path: dict[str, dict[int | None, Tensor]] = {}
+    for piece in pieces:
+        by_path.setdefault(piece.path, {})[piece.row] = values[piece.name]
+
+    def leaf(path: str, x: Tensor) -> Tensor:
+        rows = by_path.get(path)
+        if rows is None or None in rows:
+            return x if rows is None else rows[None]
+        return torch.stack([rows.get(i, x[i]) for i in range(x.shape[0])])
+
+    out: Any = tree.map_with_path(leaf, params)
+    return out
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+def synchronize(
+    rule: SemiSync, pieces: Sequence[Piece], clock: int, held: tuple[Tree, Tree, Tree], mean: Mean, mean_delta: Mean
+) -> tuple[Tree, Tree, Tree]:
+    """(params, opt_state, outer) after the meeting of this clock; `held` itself where none is due."""
+    params, opt_state, outer = held
+    whole = rule.outer is None and rule.fragments == 1 and not rule.keep
+    periods = (rule.params if whole else 0, moment_periods(rule.moments, params, opt_state))
+    params, opt_state = desloc_sync(clock, params, opt_state, periods, mean)
+    if not whole:
+        params, outer = fragment_sync(rule, pieces, clock, params, outer, mean, mean_delta)
+    return params, opt_state, outer
