@@ -34,7 +34,8 @@ def axis_of(sh: Sharding) -> Axis | None:
         return None
     if found is not sh.mesh.axes[0]:
         raise ValueError(f"mesh axis {name!r} of replicas that go apart must be the first, before {sh.mesh.axes[0].name!r}")
-    others = [dim for dim, axes in sh.rules.lines("optimizer") if name in (axis.rstrip("?") for axis in axes) and dim != "batch"]
+    lines = [(dim, [axis.rstrip("?") for axis in axes]) for dim, axes in sh.rules.lines("optimizer")]
+    others = [dim for dim, axes in lines if found.name in axes and dim != "batch"]
     if others:
         raise ValueError(f"rules {sh.rules.name!r} put {others[0]!r} on {name!r}, whose replicas go apart: only the batch may")
     return found

@@ -76,9 +76,9 @@ class Meeting:
 def meeting_of(model: Model, sh: Sharding, rule: SemiSync | None) -> Meeting:
     """How the replicas of a sharding meet. Raises ValueError where a rule and `Rules.apart` do not come together."""
     if (rule is None) != (sh.rules.apart is None):
-        said = "replicas go apart (Rules.apart) and no SemiSync says when they meet" if rule is None else (
-            f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no such axis (Rules.apart)")  # fmt: skip
-        raise ValueError(said)
+        if rule is None:
+            raise ValueError(f"replicas go apart along {sh.rules.apart!r} (Rules.apart), and no SemiSync says when they meet")
+        raise ValueError(f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no axis for them: Rules.apart")
     axis_of(sh)  # checks where the axis lies
     return Meeting(sh, rule, () if rule is None else pieces_of(model, rule))
 

@@ -169,7 +169,8 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
             declared, place = _factored(prefix.split(".")[-2], leaf)
             by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, {**model.sizes, "one": 1}, sh.mesh, copies)
             out |= {prefix + key: chunks for key, chunks in by_layer.items()}
-    return out | _outer(state.outer, model, sh, leaves, copies) | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
+    out |= _outer(state.outer, model, sh, leaves, copies)
+    return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
 
 
 def _params(params: Tree, model: Model, sh: Sharding, copies: bool) -> dict[str, Chunks]:

@@ -123,10 +123,11 @@ def desloc_sync(step: int, params: Tree, opt_state: Tree, periods: tuple[Tree, T
     periods: for the parameters and for the state, each a tree of ints or a prefix of one; 0 is never. Counts are no moments:
     what is not floating stays. All that is due goes through one call of `mean`.
     """
-    both = (params, opt_state)
+    both: Tree = (params, opt_state)
+    prefix: Tree = periods
     values, spec = tree.flatten(both)
     due = [
-        i for i, (x, every) in enumerate(zip(values, optree.broadcast_prefix(periods, both), strict=True))
+        i for i, (x, every) in enumerate(zip(values, optree.broadcast_prefix(prefix, both), strict=True))
         if every and step > 0 and step % every == 0 and x.is_floating_point()
     ]  # fmt: skip
     if due:
