@@ -18,7 +18,7 @@ from fmegatron.train.leaves import plan_leaves
 from fmegatron.train.microbatches import rows_of, split
 from fmegatron.train.pipeline.across import everywhere, execute_forward
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, without_pp
-from fmegatron.train.step import sum_together
+from fmegatron.train.state import sum_together
 from fmegatron.train.weights import Weights
 from fmegatron.transforms import inside_transform
 from fmegatron.tree import Tree

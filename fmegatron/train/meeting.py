@@ -78,7 +78,7 @@ def meeting_of(model: Model, sh: Sharding, rule: SemiSync | None) -> Meeting:
     if (rule is None) != (sh.rules.apart is None):
         if rule is None:
             raise ValueError(f"replicas go apart along {sh.rules.apart!r} (Rules.apart), and no SemiSync says when they meet")
-        raise ValueError(f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no axis for them: Rules.apart")
+        raise ValueError(f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no axis for them")
     axis_of(sh)  # checks where the axis lies
     return Meeting(sh, rule, () if rule is None else pieces_of(model, rule))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer
 from fmegatron.train.matrices import mean_over, on_matrices
 from fmegatron.train.meeting import meeting_of
-from fmegatron.train.semisync import SemiSync
 from fmegatron.train.precision import PLAIN, Precision
+from fmegatron.train.semisync import SemiSync
 from fmegatron.tree import Tree
 
 
@@ -92,6 +92,14 @@ def init_params(model: Model, sh: Sharding, leaves: dict[str, Leaf], key: Tensor
     return tree.map_with_path(leaf, model.declare)
 
 
+def take_over(old: TrainState, new: TrainState) -> TrainState:
+    """`new` as tensors of its own; those of `old`, whose memory it may hold, are emptied."""
+    own: TrainState = tree.map(lambda x: x.detach(), new)
+    for x in tree.to_paths(old).values():
+        x.set_()
+    return own
+
+
 @dataclass(frozen=True)
 class Over:
     """What an optimizer sees across shards: `over` of `Transform.update`, for trees in the optimizer's placement."""
@@ -146,3 +154,9 @@ class Over:
 def over_ranks(sh: Sharding, x: Tensor, op: type[Psum] | type[Pmax]) -> Tensor:
     """The sum or the maximum over all ranks."""
     return run(x, sh.rank, [op(axis) for axis in sh.mesh.axes if axis.size > 1])
+
+
+def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all ranks of several 0-D values, in one collective an axis."""
+    summed = over_ranks(sh, torch.stack([x.to(torch.float64) for x in values.values()]), Psum)
+    return {name: x.to(values[name].dtype) for name, x in zip(values, summed.unbind(0), strict=True)}

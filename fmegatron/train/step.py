@@ -24,7 +24,7 @@ from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
-from fmegatron.sharding.collectives import Pmax, Psum
+from fmegatron.sharding.collectives import Pmax
 from fmegatron.split import SPLIT
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.gradients import Gradients
@@ -37,7 +37,7 @@ from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.saving import steps_so_far
 from fmegatron.train.semisync import SemiSync
-from fmegatron.train.state import Over, TrainState, over_ranks
+from fmegatron.train.state import Over, TrainState, over_ranks, sum_together, take_over
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
@@ -246,14 +246,6 @@ def make_step(
     return step
 
 
-def take_over(old: TrainState, new: TrainState) -> TrainState:
-    """`new` as tensors of its own; those of `old`, whose memory it may hold, are emptied."""
-    own: TrainState = tree.map(lambda x: x.detach(), new)
-    for x in tree.to_paths(old).values():
-        x.set_()
-    return own
-
-
 def step_on_rank(
     plan: Plan,
     finish: Callable[..., Any],
@@ -300,9 +292,3 @@ def step_on_rank(
         outer=outer,
     )
     return new, meeting.metrics(every, {**metrics, "skipped": new.skipped}, dict(plan.weights))
-
-
-def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over all ranks of several 0-D values, in one collective an axis."""
-    summed = over_ranks(sh, torch.stack([x.to(torch.float64) for x in values.values()]), Psum)
-    return {name: x.to(values[name].dtype) for name, x in zip(values, summed.unbind(0), strict=True)}

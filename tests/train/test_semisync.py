@@ -296,7 +296,8 @@ def test_traffic_of_diloco_and_of_fragments():
 
 # -- the pure function, and mistakes ----------------------------------------------------------------------------------
 def test_desloc_sync_takes_prefixes_and_leaves_counts_alone():
-    params, state = {"w": torch.ones(2)}, ({"count": torch.tensor(7), "mu": {"w": torch.ones(2)}, "nu": {"w": torch.ones(2)}}, {})
+    params = {"w": torch.ones(2)}
+    state = ({"count": torch.tensor(7), "mu": {"w": torch.ones(2)}, "nu": {"w": torch.ones(2)}}, {})
     double = [lambda xs: [2 * x for x in xs]]
     got, new = desloc_sync(6, params, state, (4, ({"count": 1, "mu": 3, "nu": 0}, 1)), double[0])
     assert got["w"].tolist() == [1, 1] and new[0]["mu"]["w"].tolist() == [2, 2] and new[0]["nu"]["w"].tolist() == [1, 1]
@@ -308,7 +309,7 @@ def test_slots_are_named_one_by_one():
     params = {"a": torch.zeros(2), "b": {"a": torch.zeros(3)}}
     state = optim.aggmo_adamw(1e-3, betas=(0.9, 0.99, 0.95), vs=(0.5, 0.3)).init(params)
     periods = moment_periods({"mu": 2, "mu_2": 4, "nu": 8}, params, state)
-    assert periods[0] == {"count": 0, "mu": {"a": 2, "b": {"a": 2}}, "mu_2": {"a": 4, "b": {"a": 4}}, "nu": {"a": 8, "b": {"a": 8}}}
+    assert periods[0] == {"count": 0, **{k: {"a": n, "b": {"a": n}} for k, n in (("mu", 2), ("mu_2", 4), ("nu", 8))}}
     with pytest.raises(ValueError, match="this optimizer's are mu, mu_2, nu; give each its period"):
         moment_periods({"mu": 2, "nu": 8}, params, state)
 
