@@ -26,7 +26,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "train": 360,
     "kernels": 30,
     "inference": 60,
-    "plan": 300,
+    "plan": 150,
     "properties": 120,
     "distributed": 300,
     "faults": 60,

@@ -48,19 +48,31 @@ def from_hf(
     weights, an architecture or a setting that is not supported, and a tensor that is missing, superfluous or of another
     shape.
     """
-    folder = Path(folder)
-    model, family = model_of(folder, vocab_pad)
-    sh = (sharding or SINGLE).bind(model.sizes)
-    params = layers.zeros(model, sh, dtype)
+    model, _ = model_of(Path(folder), vocab_pad)
+    return model, read_params(folder, model, sharding or SINGLE, dtype)
+
+
+def read_params(
+    folder: str | Path, model: Model, sharding: Sharding, dtype: torch.dtype = torch.float32, part: Model | None = None
+) -> Tree:
+    """The parameters of a folder's model as `sharding` stores them, or of a part of it only, such as a process's stages.
+
+    Raises ValueError as `from_hf` does.
+    """
+    folder, part = Path(folder), part or model
+    _, family = model_of(folder)
+    sh = sharding.bind(model.sizes)
+    params = layers.zeros(part, sh, dtype)
+    here = layers.by_layer(part, sh, params, copies=True)
     with ExitStack() as stack:
         tensors = Files(folder, stack)
-        for path, chunks in layers.by_layer(model, sh, params, copies=True).items():
-            fill(path, chunks, family, tensors, model)
+        for path in names_by_layer(model):
+            fill(path, here.get(path, Chunks((), ())), family, tensors, model)
         left = [name for name in sorted(tensors.unread) if not name.endswith(EXTRA)]
         left = [name for name in left if not (model.config.tied and name == "lm_head.weight")]
     if left:
         raise ValueError(f"{folder}: {len(left)} tensors have no place in this model, the first is {left[0]}")
-    return model, tree.map(lambda x: x.to(sh.mesh.device), params)
+    return tree.map(lambda x: x.to(sh.mesh.device), params)
 
 
 def model_of(folder: Path, vocab_pad: int = 1) -> tuple[Model, str]:

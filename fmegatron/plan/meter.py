@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,10 +42,11 @@ class Count:
     operands: float = 0.0
 
     def __add__(self, other: Count) -> Count:
-        return Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        matmul, attention = self.matmul + other.matmul, self.attention + other.attention
+        return Count(matmul, attention, self.moved + other.moved, self.operands + other.operands)
 
     def __mul__(self, times: float) -> Count:
-        return Count(*(getattr(self, f.name) * times for f in fields(self)))
+        return Count(self.matmul * times, self.attention * times, self.moved * times, self.operands * times)
 
     def __sub__(self, other: Count) -> Count:
         return self + other * -1.0

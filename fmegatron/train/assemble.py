@@ -15,6 +15,7 @@ from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import setup
 from fmegatron.train.evaluate import make_evaluate
+from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
 from fmegatron.train.replicas import make_check
 from fmegatron.train.resume import Resume
 from fmegatron.train.source import Source, source_of, tokenizer_file
@@ -37,6 +38,9 @@ class Parts:
     sh: Sharding
     source: Source
     model: Model
+    own: Model  # what of the model this process holds: all of it, or its stages
+    own_sh: Sharding  # how that lies: the mesh without its axis pp
+    placed: Placed | None
     start: Callable[[], tuple[TrainState, dict[str, Any]]]  # and what its checkpoint says
     plain: Any  # the model's config as JSON gives it back
     step: Callable[..., Any]
@@ -81,12 +85,16 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
     source = setup.on_first(mesh, lambda: source_of(c, say))
-    model, params = setup.model_of(c, source, sh)
+    model = setup.model_of(c, source)
+    pipeline = setup.pipeline_of(c, model)
+    placed = None if pipeline is None else place_pipeline(pipeline, model, mesh)
+    own, own_sh = (model, sh) if placed is None else (placed.model, without_pp(sh))
     c = setup.resumed(c)
     schedule = setup.schedule_of(c)
-    tx = setup.optimizer_of(c, model, schedule)
+    tx = setup.optimizer_of(c, with_stages(model, own), schedule)
+    params = setup.params_of(c, model, own, own_sh)
     t = c.training
-    dtype, compiled, pipeline = setup.dtype_of(c), setup.compiles(c, say), setup.pipeline_of(c, model)
+    dtype, compiled = setup.dtype_of(c), setup.compiles(c, say, pipeline)
     step = make_step(
         model,
         tx,
@@ -105,7 +113,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
 
     def start(given: Tree) -> TrainState:
-        return init(model, tx, sh, c.run.seed, params if given is None else given, precision=setup.precision_of(c))
+        return init(own, tx, own_sh, c.run.seed, params if given is None else given, precision=setup.precision_of(c))
 
     return Parts(
         config=replace(c, run=replace(c.run, fresh=False)),
@@ -115,12 +123,15 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         sh=sh,
         source=source,
         model=model,
-        start=Resume(c.checkpoint, checkpoints_of(c), model, sh, start, plain, say),
+        own=own,
+        own_sh=own_sh,
+        placed=placed,
+        start=Resume(c.checkpoint, checkpoints_of(c), own, own_sh, start, plain, say),
         plain=plain,
         step=step,
         compiled=compiled,
         evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch, pipeline=pipeline),
-        check=make_check(model, sh),
+        check=make_check(own, own_sh, placed),
         schedule=schedule,
     )
 

@@ -121,7 +121,7 @@ def save(parts: Parts, guard: Guard, saver: Saver, state: TrainState, *, last: b
     """Save a state, or begin to; what was finished. last: of a run that is done."""
     guard.pulse.at("save")
     c, meta = parts.config.checkpoint, parts.meta | {"watch": guard.watch.as_json()}
-    items = saving.items(parts.model, parts.sh, state)
+    items = saving.of_stages(saving.items(parts.own, parts.own_sh, state), parts.placed)
     if last and c.last_model_only:
         items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
     return saver.save(items, saving.steps_so_far(state), meta)

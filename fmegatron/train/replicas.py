@@ -16,14 +16,19 @@ from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.collectives import Pmax
 from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf, plan_leaves
+from fmegatron.train.pipeline.stages import Placed
 from fmegatron.train.state import over_ranks
+from fmegatron.train.together import together
 from fmegatron.tree import Tree
 
 PIECE = 1 << 22  # elements hashed at a time: their indices are 64 bit
 
 
-def make_check(model: Model, sh: Sharding) -> Callable[[Tree], None]:
-    """`check(params)` on local shards: RuntimeError, on every rank, naming the leaves and mesh axes whose copies differ."""
+def make_check(model: Model, sh: Sharding, placed: Placed | None = None) -> Callable[[Tree], None]:
+    """`check(params)` on local shards: RuntimeError, on every rank, naming the leaves and mesh axes whose copies differ.
+
+    placed: of stages on processes of their own, whose model and sharding these are.
+    """
     sh = sh.bind(model.sizes)
     leaves = plan_leaves(model, sh)
 
@@ -36,15 +41,37 @@ def make_check(model: Model, sh: Sharding) -> Callable[[Tree], None]:
         with torch.no_grad():
             wrong = run_check(params)
         wrong = wrong[0] if sh.mesh.stacked else wrong
-        if bool(wrong.any()):
-            found = [(path, axis.name) for (path, row) in zip(leaves, wrong, strict=True)
-                     for axis, bad in zip(sh.mesh.axes, row.tolist(), strict=True) if bad]  # fmt: skip
+        found = [(path, axis.name) for (path, row) in zip(leaves, wrong, strict=True)
+                 for axis, bad in zip(sh.mesh.axes, row.tolist(), strict=True) if bad]  # fmt: skip
+        if placed is not None and placed.rank is not None:
+            found = together(lambda: (found, shared_hashes(placed, params)), between_stages)
+        if found:
             path, axis = found[0]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             where = f"{path} is not the same on all ranks of mesh axis {axis!r}{more}"
             raise RuntimeError(f"replicas differ: {where}; go back to the last checkpoint")
 
     return check
+
+
+Found = list[tuple[str, str]]  # leaf, mesh axis
+Hashes = dict[tuple[str, tuple[int, ...]], int]
+
+
+def shared_hashes(placed: Placed, params: Tree) -> Hashes:
+    """{(leaf, coordinates on all axes but pp): hash} of what several stages hold, as this process has it."""
+    here = placed.mesh.coordinates(placed.mesh.rank or 0)
+    place = tuple(at for axis, at in here.items() if axis != "pp")
+    return {(path, place): int(hash_of(x)) for path, x in tree.to_paths(params).items() if path in placed.holders}
+
+
+def between_stages(said: list[tuple[Found, Hashes]]) -> Found:
+    """What every process found, and the leaves whose copies differ from stage to stage."""
+    first: Hashes = {}
+    found = [one for own, _ in said for one in own]
+    for _, hashes in said:
+        found += [(key[0], "pp") for key, value in hashes.items() if first.setdefault(key, value) != value]
+    return list(dict.fromkeys(found))
 
 
 def disagreements(sh: Sharding, leaves: dict[str, Leaf], params: Tree) -> Tensor:

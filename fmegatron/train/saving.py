@@ -10,6 +10,7 @@ state ---------> {key: Chunks} <------------------> files
                                checkpoint.load
 
 Pads are cut off, and what several ranks hold is given by one of them: the one whose coordinate is 0 on every unplaced axis.
+Stages of a pipeline hold leaves of their own, and each gives these; what several hold is given by the first of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optree
 import torch
@@ -34,9 +35,12 @@ from fmegatron.sharding.apart import replicas
 from fmegatron.sharding.chunks import Chunks, chunks_of
 from fmegatron.train import checkpoint, lifted
 from fmegatron.train.leaves import Leaf, plan_leaves
+from fmegatron.train.pipeline.stages import Placed
 from fmegatron.train.state import TrainState
+from fmegatron.train.together import together
 from fmegatron.tree import Tree
 
+T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
 COUNTERS = ("step", "key", "consumed", "skipped")
 
@@ -109,8 +113,9 @@ def load_params(
 def select(path: checkpoint.Address, wanted: dict[str, Chunks], prefix: str, strict: Strict, say: Say) -> dict[str, Chunks]:
     """What of `wanted` the checkpoint holds; `prefix`: which of its tensors are expected to be asked for."""
     held = checkpoint.tensors(path)
-    missing = [key for key in wanted if key not in held]
-    extra = [key for key in held if key.startswith(prefix) and key not in wanted]
+    asked = together(lambda: list(wanted), lambda lists: dict.fromkeys(key for keys in lists for key in keys))  # by any stage
+    missing = [key for key in asked if key not in held]
+    extra = [key for key in held if key.startswith(prefix) and key not in asked]
     for kind, keys, text in (
         ("missing", missing, "lacks {}, which keep their values"),
         ("extra", extra, "holds {}, which this model or optimizer has not"),
@@ -173,6 +178,20 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
     return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
 
 
+def of_stages(items: Mapping[str, Chunks], placed: Placed | None) -> dict[str, Chunks]:
+    """Of a state's items those that this process gives: what several stages hold is given by the first of them."""
+    if placed is None or placed.rank is None:
+        return dict(items)
+    leaves = tree.to_paths(placed.model.declare)
+    names = {name: path for path, declared in leaves.items() for name in layers.layer_paths(path, declared)}
+
+    def gives(key: str) -> bool:
+        leaf = _mirrored(key, names)
+        return placed.rank == 0 if leaf is None else leaf not in placed.elsewhere
+
+    return {key: chunks for key, chunks in items.items() if gives(key)}
+
+
 def _params(params: Tree, model: Model, sh: Sharding, copies: bool) -> dict[str, Chunks]:
     return {f"params.{path}": chunks for path, chunks in layers.by_layer(model, sh, params, copies).items()}
 
@@ -204,7 +223,7 @@ def _named(state: Tree) -> Iterator[tuple[str, Tensor]]:
         yield ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor), value
 
 
-def _mirrored(path: str, leaves: Mapping[str, Leaf]) -> Leaf | None:
+def _mirrored(path: str, leaves: Mapping[str, T]) -> T | None:
     """The parameter whose path ends an optimizer's leaf's: "0.mu.layers.0.attn.q" mirrors "layers.0.attn.q"."""
     parts = path.split(".")
     return next((leaves[end] for i in range(len(parts)) if (end := ".".join(parts[i:])) in leaves), None)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fmegatron import config as configs
 from fmegatron import models
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import tokenizers
-from fmegatron.models import Model
+from fmegatron.models import Model, hf
 from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
@@ -113,14 +114,13 @@ def on_first(mesh: Mesh, fn: Callable[[], Any]) -> Any:
 
 
 # -- model ----------------------------------------------------------------------------------------------------------
-def model_of(c: RunConfig, source: Source, sh: Sharding) -> tuple[Model, Tree]:
-    """The model, and parameters to start from (None: drawn from the seed)."""
-    params = None
+def model_of(c: RunConfig, source: Source) -> Model:
+    """The run's model."""
     vocab = source.corpus.vocab_size if source.corpus is not None else None
     if c.model.hf:
         if c.model.overrides:
             raise ConfigError("model.overrides: a model.hf is what its folder says, drop one of the two")
-        model, params = models.from_hf(c.model.hf, sh)
+        model, _ = hf.model_of(Path(c.model.hf))
     elif c.model.function:
         model = configs.imported(c.model.function)(**c.model.overrides)
         if not isinstance(model, Model):
@@ -134,7 +134,12 @@ def model_of(c: RunConfig, source: Source, sh: Sharding) -> tuple[Model, Tree]:
         raise ConfigError(f"the tokenizer has {vocab} tokens and the model {size}: set model.overrides.vocab = {vocab}")
     if getattr(model.config, "positions", "") == "learned" and c.data.seq > model.config.context:
         raise ConfigError(f"data.seq = {c.data.seq}: the model has {model.config.context} learned positions")
-    return (with_loss(model, c.model.loss) if c.model.loss else model), params
+    return with_loss(model, c.model.loss) if c.model.loss else model
+
+
+def params_of(c: RunConfig, model: Model, own: Model, sh: Sharding) -> Tree:
+    """Parameters to start from, of the stages `own` of a model, as `sh` stores them (None: drawn from the seed)."""
+    return hf.read_params(c.model.hf, model, sh, part=own) if c.model.hf else None
 
 
 def with_loss(model: Model, target: str) -> Model:
@@ -177,8 +182,10 @@ def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:
     p, ranks = c.pipeline, c.mesh.pp
     if ranks == 1:
         return None
-    if not c.mesh.virtual:
-        raise ConfigError(f"mesh.pp = {ranks}: a run's stages share one process, set mesh.virtual (make_step takes processes)")
+    for label, table in c.optimizer.groups.items() if not c.mesh.virtual else ():
+        match = table.get("match", ())
+        if any(mark.isdigit() for mark in "".join(match)):
+            raise ConfigError(f"optimizer.groups.{label}.match = {match}: stages renumber layers, write * for numbers")
     layers, predicted = sum(node.is_layer for node in model.chain), sum(node.mtp for node in model.chain)
     try:
         schedule = make_schedule(p.schedule, ranks, p.virtual, c.training.microbatches)
@@ -193,11 +200,12 @@ def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:
 
 
 # -- how it runs ----------------------------------------------------------------------------------------------------
-def compiles(c: RunConfig, say: Say) -> bool:
-    """Whether blocks are compiled: as the run says, or where mesh and machine allow it."""
+def compiles(c: RunConfig, say: Say, pipeline: Pipeline | None = None) -> bool:
+    """Whether blocks are compiled: as the run says, or where mesh, machine and pipeline allow it."""
     if c.training.compile is not None or c.mesh.virtual:
         return bool(c.training.compile)
-    missing = why_not_compile()
+    splits = pipeline is not None and pipeline.schedule.splits
+    missing = f"pipeline.schedule {c.pipeline.schedule} splits backwards" if splits else why_not_compile()
     if missing is not None:
         say(f"runs eager: {missing}")
     return missing is None

@@ -9,12 +9,12 @@ from fmegatron.plan import search
 from fmegatron.plan.main import plan
 from fmegatron.plan.options import request
 
-TABLE = {"search": 4, "training": {"global_batch": 8, "microbatches": 1, "remat": "none"}, "data": {"seq": 64}}
+TABLE = {"search": 2, "training": {"global_batch": 8, "microbatches": 1, "remat": "none"}, "data": {"seq": 64}}
 
 
 def test_all_that_is_listed_is_legal_and_sorted():
     found = search.best(request("llama3-debug", TABLE), plan, 8)
-    assert len(found) > 3 and all(made.ranks == 4 and made.fits for made in found)
+    assert len(found) == 4 and all(made.ranks == 2 and made.fits for made in found)
     speeds = [made.tokens_per_second_per_rank for made in found]
     assert speeds == sorted(speeds, reverse=True)
     assert search.to_text(found).count("\n") == len(found)

@@ -197,6 +197,11 @@ def cut_model(model: Model, stages: Iterable[Iterable[Node]]) -> Model:
     return replace(model, declare=tree.from_paths(leaves), chain=tuple(move(node) for node in nodes))
 
 
+def with_stages(model: Model, own: Model) -> Model:
+    """The model with its stages' leaves beside its own: declarations by either's paths."""
+    return replace(model, declare=tree.from_paths({**tree.to_paths(model.declare), **tree.to_paths(own.declare)}))
+
+
 def _runs(layers: set[int]) -> list[range]:
     """Neighbouring numbers together: {0, 1, 4} -> 0..1, 4..4."""
     found: list[range] = []
