@@ -20,10 +20,12 @@ from fmegatron import random
 from fmegatron.models import mtp
 from fmegatron.models.config import Config, kinds
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
-from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, norm, rope
+from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, norm, rope, watch
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.param import Param, normal, stack
 from fmegatron.sharding import Sharding
+
+STREAM = "batch seq embed"
 
 
 # -- nodes ----------------------------------------------------------------------------------------------------------
@@ -46,6 +48,7 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     if key is not None and c.dropouts:
         out |= dropout.places(sh, v, place)
         out["h"] = dropout.apply(sh, c.embed_dropout, key, out["h"], out)
+    watch.activation(sh, "h", out["h"], STREAM)
     return out
 
 
@@ -57,6 +60,7 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
         y = block(norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
         if c.norm_at in ("peri", "out"):
             y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
+        watch.activation(sh, name, y, STREAM)
         if key is not None and c.hidden_dropout:
             y = dropout.apply(sh, c.hidden_dropout, random.fold_in(key, site), y, v)
         y = y if c.residual_multiplier == 1 else y * c.residual_multiplier
@@ -64,12 +68,14 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
 
     h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
     h = add(h, "mlp", 1, lambda x: mlp.apply(sh, c.block_mlp, p["mlp"], x))
+    watch.activation(sh, "h", h, STREAM)
     return {"h": h}
 
 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """The last norm; the stream, labels and weights to where the loss wants their sequence."""
     h = norm.apply(sh, c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
+    watch.activation(sh, "out", h, STREAM)
     return ({"h": h} if c.mtp else {}) | {
         "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),
         "out.labels": sh.relayout(v["labels"], "batch seq -> batch loss_seq"),

@@ -22,6 +22,7 @@ from fmegatron import random, tree
 from fmegatron.nn import param
 from fmegatron.nn.param import Param
 from fmegatron.sharding import SINGLE, Sharding
+from fmegatron.sharding.moments import Taps, collect
 from fmegatron.sharding.placement import Sizes
 from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.tree import Tree
@@ -113,7 +114,7 @@ class Model:
 
         key: of dropout; None is none. state: of models that carry some beside their parameters. aux: what was tapped.
         """
-        sh, taps = sh.bind(self.sizes), {}  # type: ignore[var-annotated]
+        sh, taps = sh.bind(self.sizes), Taps()
         values = self.inputs(sh, batch)
         counts = self.counts_of(sh, values)
         values = run_chain(self, self.chain, params, values, sh=sh.tapping(taps), key=key)
@@ -147,7 +148,10 @@ def run_chain(
         own = node_params(node, model.declare, slices, sh)
         folded = random.fold_in(key, node.index) if key is not None and model.dropout else None
         reads = {name: values[name] for name in node.reads if name in values}
-        values = {**values, **node.fn(sh.of_layer(node.index), own, reads, folded)}
+        mine, here = Taps(), sh.of_layer(node.index)
+        values = {**values, **node.fn(here if sh.taps is None else here.tapping(mine), own, reads, folded)}
+        if sh.taps is not None:
+            collect(sh.taps, mine, node.index)
     return values
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fmegatron import random
-from fmegatron.nn import dropout, ring
+from fmegatron.nn import dropout, ring, watch
 from fmegatron.nn.core import attend as dense
-from fmegatron.nn.core import see
+from fmegatron.nn.core import largest_score, see
 from fmegatron.sharding.zigzag import unzigzag, zigzag
 
 if TYPE_CHECKING:
@@ -77,8 +77,17 @@ def attend(
     plan = ring.Ring(attn, axis, steps, zigzag=n, halves=exact and aligned, wide=keys.shape[-1])
     assert sh.rank is not None, "a ring ran outside of its mesh"
     rank = sh.rank
-    run = sh.local(lambda q, k, v: ring.attend(plan, rank, q, k, v, tokens, sink), f"{QUERIES} -> {QUERIES}")
-    return run(queries, keys, values)
+    tops: list[Tensor] = []
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, top = ring.attend(plan, rank, q, k, v, tokens, sink)
+        tops.append(top)
+        return y
+
+    y = sh.local(core, f"{QUERIES} -> {QUERIES}")(queries, keys, values)
+    if sh.watches("attention"):
+        watch.max_logit(sh, tops[0])
+    return y
 
 
 def whole(
@@ -107,6 +116,11 @@ def whole(
         given |= {} if mask is None else {f"mask{i}": mask}
         if tokens.rows is not None:
             given |= {f"rows{i}": tokens.rows[:, :, start:stop], f"columns{i}": there[:, None, None, :end]}
+
+    if sh.watches("attention"):
+        q, k = unzigzag(queries.detach(), 1, n) if part == "all" else queries.detach(), unzigzag(keys.detach(), 1, n)
+        tops = [largest_score(attn, q[:, a:b], k[:, :end], given.get(f"mask{i}")) for i, (a, b, end) in enumerate(spans)]
+        watch.max_logit(sh, torch.stack(tops))
 
     def core(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         g = dict(zip(given, rest, strict=True))

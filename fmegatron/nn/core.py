@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fmegatron.nn.attention import Attention
 
 
+PIECE = 512  # queries whose scores are looked at together
+
+
 def see(here: Tensor, there: Tensor, window: int | None, causal: bool = True) -> Tensor:
     """Which keys at `there` [batch, kv_seq] the queries at `here` [batch, seq] see: bool [batch, seq, kv_seq]."""
     back = here[:, :, None] - there[:, None, :]
@@ -35,6 +38,22 @@ def scores(attn: Attention, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor
     if attn.softcap is not None:
         s = attn.softcap * (s / attn.softcap).tanh()
     return s if mask is None else torch.where(mask, s, torch.full_like(s, float("-inf")))
+
+
+def largest_score(attn: Attention, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The largest score of q [batch, seq, heads, hd] and the keys k that they see, 0-D: what `attend` would put through the
+    softmax. A piece of the queries at a time, so that few scores are alive."""
+    q, k, found = q.transpose(1, 2), k.transpose(1, 2), []
+    for start in range(0, q.shape[2], PIECE):
+        stop = min(start + PIECE, q.shape[2])
+        here, keys = mask, k
+        if mask is not None and mask.shape[2] > 1:
+            here = mask[:, :, start:stop]
+        elif mask is None and attn.causal:
+            place, keys = torch.arange(stop, device=q.device)[None], k[:, :, :stop]
+            here = see(place[:, start:], place, None)[:, None]
+        found.append(scores(attn, q[:, :, start:stop], keys, here).amax())
+    return torch.stack(found).amax()
 
 
 def grouped(a: Tensor, b: Tensor) -> Tensor:

@@ -73,9 +73,12 @@ def apply(
     given |= {name: value for name, value in v.items() if isinstance(value, Tensor) and name != "h"}
     given = {name: value for name, value in given.items() if value is not None}
 
+    dropped = sh.recompute is not None and sh.recompute("mla_up") is not None
+    quiet = sh.tapping(None) if dropped else sh  # what is computed again under a transform may leave no taps
+
     def inside(*tensors: Tensor) -> Tensor:
         g = dict(zip(given, tensors, strict=True))
-        return from_latents(sh.at(g["rank"]) if "rank" in g else sh, attn, latent, name, g, v.get("cache"))
+        return from_latents(quiet.at(g["rank"]) if "rank" in g else quiet, attn, latent, name, g, v.get("cache"))
 
     y = sh.remat("mla_up", inside, *given.values())
     return sh.einsum("batch seq heads v_hd, heads v_hd embed -> batch seq embed", y, p["o"])

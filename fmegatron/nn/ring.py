@@ -104,23 +104,25 @@ def steps(attn: Attention, n: int, length: int, contiguous: bool) -> int:
     return min(n, (attn.window + length - 2) // length + 1)
 
 
-def attend(plan: Ring, rank: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, sink: Tensor | None) -> Tensor:
+def attend(
+    plan: Ring, rank: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Attention of the local q [batch, seq, heads, hd] over the k and v [batch, seq, heads or fewer, hd] of all ranks.
 
-    sink: one more logit a head, [heads]. Returns q's shape.
+    sink: one more logit a head, [heads]. Returns q's shape, and the largest score of each query [batch, heads, seq].
     """
     q, kv = q.transpose(1, 2), torch.cat((k, v), -1).transpose(1, 2)
     if inside_transform():
-        out, lse = _forward(plan, rank, q, kv, tokens)
+        out, lse, top = _forward(plan, rank, q, kv, tokens)
     else:
-        out, lse = _Ring.apply(plan, rank, q, kv, *tokens)
+        out, lse, top = _Ring.apply(plan, rank, q, kv, *tokens)
     if plan.attn.sink is not None:
         out = out * torch.sigmoid(lse if sink is None else lse - sink[:, None])[..., None].to(out.dtype)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), top
 
 
-def _forward(plan: Ring, rank: Tensor, q: Tensor, kv: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The output [batch, heads, seq, hd] and the logsumexp of the scores [batch, heads, seq]."""
+def _forward(plan: Ring, rank: Tensor, q: Tensor, kv: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [batch, heads, seq, hd], the logsumexp of the scores and the largest of them [batch, heads, seq]."""
     states: dict[str, State] = {}
     for step in range(plan.steps):
         arriving = _send(plan, rank, kv, 1) if step + 1 < plan.steps else None
@@ -135,7 +137,7 @@ def _forward(plan: Ring, rank: Tensor, q: Tensor, kv: Tensor, tokens: Tokens) ->
         kv = arriving() if arriving is not None else kv
     parts = [states[name] for name in (("head", "tail") if plan.halves else ("all",))]
     whole = State(*(torch.cat(xs, 2) for xs in zip(*parts, strict=True)))
-    return (whole.above / whole.below[..., None]).to(q.dtype), whole.top + whole.below.log()
+    return (whole.above / whole.below[..., None]).to(q.dtype), whole.top + whole.below.log(), whole.top
 
 
 def _backward(
@@ -238,19 +240,20 @@ def _join(a: State, b: State) -> State:
 
 
 class _Ring(torch.autograd.Function):
-    """(output, logsumexp) with a backward of its own; outside of transforms."""
+    """(output, logsumexp, largest scores) with a backward of its own; outside of transforms."""
 
     @staticmethod
-    def forward(plan: Ring, rank: Tensor, q: Tensor, kv: Tensor, *tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(plan: Ring, rank: Tensor, q: Tensor, kv: Tensor, *tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(plan, rank, q, kv, Tokens(*tokens))  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.plan = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_backward(*inputs[1:], *output[:2])
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, d_top: Tensor) -> Any:
         rank, q, kv, *tokens, out, lse = ctx.saved_tensors
         d_q, d_kv = _backward(ctx.plan, rank, q, kv, Tokens(*tokens), out, lse, d_out, d_lse)
         return None, None, d_q, d_kv, *[None] * len(tokens)

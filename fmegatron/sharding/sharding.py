@@ -18,6 +18,7 @@ from fmegatron.sharding import named, zigzag
 from fmegatron.sharding.collectives import Once, apply
 from fmegatron.sharding.einsum import multiply, plan_einsum
 from fmegatron.sharding.mesh import Mesh
+from fmegatron.sharding.moments import moments
 from fmegatron.sharding.overlap import in_chunks
 from fmegatron.sharding.placement import Placement, Size, Sizes, parse_names, place
 from fmegatron.sharding.relayout import plan_relayout, run
@@ -67,6 +68,7 @@ class Sharding:
     activations: Kind = "compute"
     recompute: Callable[[str], Callable[..., Any] | None] | None = None
     taps: dict[str, tuple[str, Tensor]] | None = None
+    watch: frozenset[str] = frozenset()  # kinds of statistics that are wanted beside those that training itself needs
     chunks: int = 1  # in which a product and its collective go, overlapping: see overlap.py
     layout: Layout = field(default_factory=lambda: NO_LAYOUT, repr=False)  # made from the fields above
 
@@ -117,6 +119,14 @@ class Sharding:
     def tapping(self, taps: dict[str, tuple[str, Tensor]] | None) -> Sharding:
         """With a dict in which `tap` leaves its values; None: taps are off."""
         return replace(self, taps=taps)
+
+    def watching(self, kinds: frozenset[str]) -> Sharding:
+        """With kinds of statistics, which blocks tap where `watches` says so."""
+        return replace(self, watch=kinds)
+
+    def watches(self, kind: str) -> bool:
+        """Whether statistics of a kind are wanted here and now."""
+        return self.taps is not None and kind in self.watch
 
     def overlapping(self, chunks: int) -> Sharding:
         """With products and their collectives in chunks, one travelling while another is multiplied (1: whole)."""
@@ -216,17 +226,25 @@ class Sharding:
     # -- terms, statistics, recomputation -----------------------------------------------------------------------------
     def total(self, x: Tensor, names: str) -> Tensor:
         """The local part of the global sum of a tensor: 0-D; replicated copies are counted once, so the ranks' parts add up."""
-        y = x.sum()
+        return self._once(x.sum(), names)
+
+    def _once(self, y: Tensor, names: str) -> Tensor:
         for axis in self.layout.plan("unplaced", names):
             assert self.rank is not None, "total ran outside of its mesh"
             y = apply(y, self.rank, Once(axis))
         return y
 
     def tap(self, name: str, x: Tensor, names: str, op: str = "sum") -> None:
-        """Leave a statistic ("sum" or "max" over all elements, everywhere) for aux; no gradient, free when taps are off."""
-        if self.taps is not None:
-            value = x.detach()
-            self.taps[name] = (op, self.total(value, names) if op == "sum" else value.amax())
+        """Leave a statistic of all elements, everywhere, for aux; no gradient, free when taps are off.
+
+        op: "sum", "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that taps; a name
+        without is added up, or compared, over all of them.
+        """
+        if self.taps is not None and op == "moments":
+            whole_rows = not self.placement(names).axes[-1]
+            self.taps[name] = (op, self._once(moments(x.detach(), whole_rows), names))
+        elif self.taps is not None:
+            self.taps[name] = (op, self.total(x.detach(), names) if op == "sum" else x.detach().amax())
 
     def remat(self, name: str, fn: Callable[..., Any], *tensors: Tensor) -> Any:
         """`fn(*tensors)`, a named part whose residuals a remat policy may drop and compute again."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from fmegatron import random, tree
 from fmegatron.models.model import Node, Values
 from fmegatron.sharding import Sharding
+from fmegatron.sharding.moments import joined, numbered
 from fmegatron.split import Halves
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.remat import Remat
@@ -129,21 +130,22 @@ def forward(
     if node.chunks:
         losses = in_parts(node, step, own, reads, moving)
         return {**values, **losses}, moving, Ran(node, own, None)
-    out, moved, pullback = differentiate(node, step, own, reads, moving)
+    out, moved, pullback = differentiate(node, step, own, reads, moving, again)
     if not again:
-        add_taps(step.taps, out)
+        add_taps(step.taps, out, node.index)
     new = {name: x for name, x in out.items() if not name.startswith("tap.")}
     return {**values, **new}, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback)
 
 
 def differentiate(
-    node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]
+    node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str], again: bool = False
 ) -> tuple[Values, frozenset[str], Pullback]:
-    """A node's values, the names among them that depend on parameters, and its pullback."""
+    """A node's values, the names among them that depend on parameters, and its pullback. again: nothing is watched."""
     key = None if step.key is None else random.fold_in(step.key, node.index)
     wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
     rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
     inside = step.sh.of_layer(node.index)
+    inside = inside.watching(frozenset()) if again and inside.watch else inside
 
     def block(wrt: Tree, rest: Tree) -> Values:
         taps: dict[str, tuple[str, Tensor]] = {}
@@ -152,7 +154,7 @@ def differentiate(
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
     engine = step.engine.light if node.light else step.engine
-    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, step.sh.recompute, step.sh.chunks))
+    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, step.sh.recompute, step.sh.chunks, inside.watch))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:
@@ -204,7 +206,7 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
     for i in range(parts):
         part = {name: x.narrow(1, i * (length // parts), length // parts).contiguous() for name, x in reads.items()}
         out, _, pullback = differentiate(node, step, own, part, moving)
-        add_taps(step.taps, out)
+        add_taps(step.taps, out, node.index)
         out = {name: x for name, x in out.items() if not name.startswith("tap.")}
         grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})
         del pullback
@@ -225,9 +227,9 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
     return total
 
 
-def add_taps(total: dict[str, Tensor], values: Values) -> None:
-    """Join what was tapped, among other values, to what was tapped before."""
+def add_taps(total: dict[str, Tensor], values: Values, number: int | None = None) -> None:
+    """Join what was tapped, among other values, to what was tapped before; number: of the node that tapped."""
     for name, x in values.items():
         if name.startswith("tap."):
-            join = torch.maximum if name.startswith("tap.max.") else torch.add
-            total[name] = join(total[name], x) if name in total else x
+            name = name if number is None else numbered(name, number)
+            total[name] = joined(name.split(".")[1], total[name], x) if name in total else x

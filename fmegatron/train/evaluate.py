@@ -59,7 +59,7 @@ def make_evaluate(
             losses = run_nodes(model.chain, values)
             return sum_together(here, {**{f"{term}.sum": losses[f"loss.{term}"] for term in counts}, **n})
         parts = split(values, min(rows_of(values), placed.schedule.microbatches), even=False)
-        losses, _ = everywhere(placed, execute_forward(placed, parts, run_nodes, weights), {}, counts)
+        losses, _ = everywhere(placed, execute_forward(placed, parts, run_nodes, weights), {}, counts, frozenset())
         sums = {f"{term}.sum": losses[f"loss.{term}"] for term in counts}
         return sum_together(placed.every(here), sums) | sum_together(here, n)
 

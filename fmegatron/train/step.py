@@ -24,26 +24,27 @@ from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
-from fmegatron.sharding.collectives import Pmax
 from fmegatron.split import SPLIT
 from fmegatron.train.chain import Step, add_taps, visits, walk
+from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.meeting import Meeting, meeting_of
 from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
+from fmegatron.train.norms import watched
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
 from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
 from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.saving import steps_so_far
 from fmegatron.train.semisync import SemiSync
-from fmegatron.train.state import Over, TrainState, over_ranks, sum_together, take_over
+from fmegatron.train.state import Over, TrainState, sum_together, take_over
+from fmegatron.train.taps import everywhere as tapped_everywhere
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
 
 Metrics = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -188,7 +189,7 @@ def value_and_grad(
 
     if plan.placed is not None:
         losses, taps = execute(plan.placed, parts, new_step, weights, plan.remat)
-        losses, taps = everywhere(plan.placed, losses, taps, counts)
+        losses, taps = everywhere(plan.placed, losses, taps, counts, sh.watch)
         grads, every = sum_shared(plan.placed, gradients.finish(params, scale)), plan.placed.every(sh)
     else:
         losses, taps = {}, {}
@@ -202,10 +203,7 @@ def value_and_grad(
     terms = {name.removeprefix("loss."): x for name, x in losses.items()}
     metrics = {term: x / counts[term].clamp(min=1) for term, x in terms.items()}
     metrics["loss"] = sum((x * seeds[term] for term, x in terms.items()), start=torch.zeros_like(next(iter(terms.values()))))
-    sums = {**metrics, **{name: x for name, x in taps.items() if not name.startswith("tap.max.")}}
-    out = sum_together(every, sums)
-    out |= {name: over_ranks(every, x, Pmax) for name, x in taps.items() if name.startswith("tap.max.")}
-    return grads, {**out, **{f"count.{term}": n for term, n in counts.items()}}
+    return grads, {**tapped_everywhere(every, metrics, taps), **{f"count.{term}": n for term, n in counts.items()}}
 
 
 Limits = Mapping[str, float]  # {metric: what its size must stay below}
@@ -214,13 +212,14 @@ Limits = Mapping[str, float]  # {metric: what its size must stay below}
 def make_step(
     model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`step(state, batch, limits=None, clock=None) -> (state, metrics)` on local shards (stacked where one process holds all).
+    """`step(state, batch, ...) -> (state, metrics)` on local shards (stacked where one process holds all ranks).
 
     settings: those of `plan_step`. donate: the step may reuse the old state's memory; its tensors are then empty, and a
     step that is given them raises ValueError. A step whose gradients are not finite or larger than skip_norm, or of which a
     metric is not below its limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit,
-    donated or not. clock: steps so far, for semisync;
-    None reads it from the state, which waits for the step before.
+    donated or not. clock: steps so far, for semisync; None reads it from the state, which waits for the step before. watch:
+    kinds of statistics that the metrics hold beside (docs/monitors.md). mark: called on the host with the name of a part of
+    the step ("forward_backward", "optimizer") when it has been issued.
     """
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
@@ -228,14 +227,15 @@ def make_step(
     finish = fuse(tx)
 
     def step(
-        state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None
+        state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None,
+        watch: frozenset[str] = frozenset(), mark: Mark = unmarked,
     ) -> tuple[TrainState, Metrics]:
         if state.step.numel() == 0:
             raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
         at = steps_so_far(state) if clock is None and plan.meeting.rule is not None else clock or 0
 
         def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
-            return step_on_rank(plan, finish, here, state, batch, donate, limits, at)
+            return step_on_rank(plan, finish, here.watching(watch), state, batch, donate, limits, at, mark)
 
         run = spmd(plan.meeting.sh, on_rank)
         with torch.no_grad():
@@ -255,11 +255,12 @@ def step_on_rank(
     donate: bool = False,
     limits: Limits | None = None,
     clock: int = 0,
+    mark: Mark = unmarked,
 ) -> tuple[TrainState, Metrics]:
     """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`; clock: steps so far, for meetings."""
     model, meeting, every = plan.model, plan.meeting, sh
     batch = with_samples(every, state.consumed, batch) if model.dropout else batch
-    sh = replace(plan.sh, rank=every.rank) if meeting.rule is not None else every
+    sh = replace(plan.sh, rank=every.rank, watch=every.watch) if meeting.rule is not None else every
     key = random.fold_in(state.key, state.consumed) if model.dropout else None
     scale = plan.precision.scale(state.precision)
     grads, metrics = value_and_grad(plan, sh, state.params, batch, key, scale)
@@ -269,7 +270,8 @@ def step_on_rank(
     norm = over.norm(grads)
     metrics["grad_norm"] = norm
     metrics |= {} if scale is None else {"loss_scale": scale}
-    metrics |= {"zeros": over.zeros(grads)} if plan.count_zeros else {}
+    metrics |= {"zeros": over.zeros(grads)} if plan.count_zeros or "norms" in sh.watch else {}
+    mark("forward_backward")
     over, finite = Known(over, grads, norm), torch.isfinite(norm)
     allowed = torch.ones_like(finite)
     for name, most in (limits or {}).items():
@@ -277,8 +279,11 @@ def step_on_rank(
     ok = allowed & finite & (norm <= plan.skip_norm if plan.skip_norm is not None else finite)
     old = to_optimizer(plan.leaves, state.params, sh)
     old, opt_state, outer = meeting.before(every, clock, (old, state.opt_state, state.outer))
+    before = tree.map(torch.clone, old) if donate and "optimizer" in sh.watch else old
     compiled = isinstance(plan.compiled, Compiled)
     params, opt_state = finish(grads, opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
+    if sh.watch:
+        metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, params, opt_state)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
     params = to_storage(plan.leaves, params, sh)
     new = TrainState(
@@ -291,4 +296,5 @@ def step_on_rank(
         precision=keep(allowed, plan.precision.update(state.precision, finite), state.precision),
         outer=outer,
     )
+    mark("optimizer")
     return new, meeting.metrics(every, {**metrics, "skipped": new.skipped}, dict(plan.weights))

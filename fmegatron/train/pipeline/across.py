@@ -16,6 +16,7 @@ from fmegatron.train.pipeline.executor import Execution, plan_visits
 from fmegatron.train.pipeline.stages import Placed
 from fmegatron.train.pipeline.transports import Local, PointToPoint, Transport
 from fmegatron.train.remat import Remat
+from fmegatron.train.taps import nothing
 from fmegatron.train.weights import Weights
 from fmegatron.tree import Tree
 
@@ -74,15 +75,17 @@ def sum_shared(placed: Placed, grads: Tree) -> Tree:
     return tree.unflatten(tree.flatten(grads)[1], list(values.values()))
 
 
-def everywhere(placed: Placed, losses: Values, taps: Values, counts: Mapping[str, Tensor]) -> tuple[Values, Values]:
-    """Losses and taps under one set of names on all stages: where a stage has none, what adds nothing."""
+def everywhere(
+    placed: Placed, losses: Values, taps: Values, counts: Mapping[str, Tensor], watch: frozenset[str]
+) -> tuple[Values, Values]:
+    """Losses and taps under one set of names on all stages: where a stage has none, what adds nothing. watch: what was
+    tapped, which says the names."""
     if placed.rank is None:
         return losses, taps
     some = next(iter(counts.values()))
     losses = {f"loss.{term}": losses.get(f"loss.{term}", torch.zeros_like(some)) for term in counts}
-    if "taps" not in placed.memo:
+    if ("taps", watch) not in placed.memo:
         names: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(names, sorted(taps))
-        placed.memo["taps"] = sorted({name for found in names for name in found})
-    nothing = {name: -torch.inf if name.startswith("tap.max.") else 0.0 for name in placed.memo["taps"]}
-    return losses, {name: taps.get(name, some.new_full((), x)) for name, x in nothing.items()}
+        placed.memo["taps", watch] = sorted({name for found in names for name in found})
+    return losses, {name: taps[name] if name in taps else nothing(name, some) for name in placed.memo["taps", watch]}

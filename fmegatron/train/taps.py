@@ -1,0 +1,40 @@
+"""What a step's blocks tapped, on every rank and microbatch, as numbers of the whole: one collective a kind and axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fmegatron.sharding import Sharding
+from fmegatron.sharding.collectives import Pmax, Psum
+from fmegatron.sharding.moments import SIZE, described, merged
+from fmegatron.train.state import over_ranks, sum_together
+
+NOTHING = {"sum": 0.0, "max": -torch.inf, "moments": 0.0}  # what a rank joins that tapped nothing
+
+
+def nothing(name: str, like: Tensor) -> Tensor:
+    """What a rank that has not tapped "tap.OP.NAME" adds to it."""
+    op = name.split(".")[1]
+    return like.new_full((SIZE,) if op == "moments" else (), NOTHING[op], dtype=torch.float64)
+
+
+def everywhere(sh: Sharding, sums: Mapping[str, Tensor], taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`sums` and taps of all ranks, 0-D: sums and maxima under their own names, "tap.sum.NAME" and "tap.max.NAME", of moments
+    what `described` says: NAME/mean, NAME/l2, ...
+    """
+    of: dict[str, dict[str, Tensor]] = {op: {} for op in NOTHING}
+    for name, x in taps.items():
+        of[name.split(".")[1]][name] = x
+    out = sum_together(sh, {**sums, **of["sum"]})
+    if of["max"]:
+        largest = over_ranks(sh, torch.stack([x.double() for x in of["max"].values()]), Pmax)
+        out |= dict(zip(of["max"], largest.unbind(0), strict=True))
+    if of["moments"]:
+        whole = merged(torch.stack(list(of["moments"].values())), lambda x: over_ranks(sh, x, Psum))
+        for key, x in described(whole).items():
+            names = (f"{name.removeprefix('tap.moments.')}/{key}" for name in of["moments"])
+            out |= dict(zip(names, x.unbind(0), strict=True))
+    return out
