@@ -167,7 +167,8 @@ def test_zeros_are_those_of_a_table_that_few_tokens_read():
         net = model(tied=False)
         state, step = init(net, TX, sh, key=0), make_step(net, TX, sh)
         given = {**few, "labels": few["tokens"]}
-        metrics = step(state, {k: shard(plan_step(net, sh).sh, x, NAMES[k]) for k, x in given.items()}, watch=frozenset({"norms"}))[1]
+        local = {k: shard(plan_step(net, sh).sh, x, NAMES[k]) for k, x in given.items()}
+        metrics = step(state, local, watch=frozenset({"norms"}))[1]
         assert set(metrics["zeros"].flatten().tolist()) == {16 * (21 - 5)}
 
 
