@@ -1,6 +1,6 @@
 """What the loader costs a training step: the time that a step waits for its batch, as a share of the step.
 
-    python benchmarks/loader.py [--steps 40] [--to benchmarks/RESULTS.md]
+    python benchmarks/loader.py [--steps 12] [--to benchmarks/RESULTS.md]
 
 Text of 8 million tokens in 20,000 documents of very unequal lengths, and 20,000 conversations packed first-fit; each source
 feeds the same training step (quickstart's model, 8 rows of 256 tokens). Stall is the time inside `next(feed)`.
@@ -88,7 +88,7 @@ def race(rows: Rows, step: Callable[..., None], steps: int) -> dict[int, tuple[f
 def main(argv: list[str] | None = None) -> dict[str, dict[int, tuple[float, float]]]:
     """Race all sources, print the section, and add it to `--to`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--to", type=Path)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,11 +2,11 @@
 
     counts = 0;  for t = 0, 1, …:   i = argmax_i (weight_i * max(t, 1) - counts_i);   read sample counts_i of i;   counts_i += 1
 
-The loop is one after another by nature. Here it starts at many times at once, each time from a guess of its counts, and
-these runs advance together, one numpy operation for all. A run that began where the run before it ended is the loop
-itself; the others begin again from there. Neighbouring runs fall into the same steps after a few, whatever the guess, so
-two or three rounds do; in the worst case there are as many rounds as runs. No floating-point operation differs from
-the loop's.
+The loop is one after another by nature, and native.py runs it as it stands. Where there is no compiler it starts at
+many times at once, each time from a guess of its counts, and these runs advance together, one numpy operation for all. A
+run that began where the run before it ended is the loop itself; the others begin again from there. Neighbouring runs fall
+into the same steps after a few, whatever the guess, so two or three rounds do; in the worst case there are as many rounds
+as runs. No floating-point operation differs from the loop's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fmegatron.data import native
+
 LIMIT = 32767  # data sets: their numbers are int16
 CELLS = 2**16  # runs * data sets at once: what a second-level cache holds
 STEPS = 128  # of a run, at least
+SMALL = 2**14  # samples that numpy interleaves before a library is loaded
 
 Ints = npt.NDArray[np.int64]
 Blended = tuple[npt.NDArray[np.int16], Ints]
@@ -56,12 +59,24 @@ def normalized(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _interleave(weights: npt.NDArray[np.float64], size: int, limits: Ints | None) -> Blended:
     number, sample = np.empty(size, np.int16), np.empty(size, np.int64)
+    loops = native.loops() if size > SMALL else None
+    if loops is not None:
+        loops.blend(weights, limits, number, sample)
+    else:
+        _by_runs(weights, limits, number, sample)
+    return number, sample
+
+
+def _by_runs(
+    weights: npt.NDArray[np.float64], limits: Ints | None, number: npt.NDArray[np.int16], sample: Ints
+) -> None:
+    """Fill both with array operations."""
+    size = len(number)
     span = _steps(weights) * max(CELLS // len(weights), 1)
     counts = np.zeros(len(weights), np.int64)
     for first in range(0, size, span):
         stop = min(first + span, size)
         counts = _runs(weights, limits, counts, first, number[first:stop], sample[first:stop])
-    return number, sample
 
 
 def _runs(

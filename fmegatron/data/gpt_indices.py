@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fmegatron.data import native
+
 BLOCK = 2**16  # documents looked at together: their sizes and ends fit a cache, and are all the memory that is needed
 
 
@@ -98,12 +100,25 @@ def _rows(tokens: int, seq_length: int, drop_last: bool) -> int:
 def _sample_index(
     sizes: npt.NDArray[np.int32], order: npt.NDArray[np.int32], seq_length: int, extra: int, rows: int
 ) -> npt.NDArray[Any]:
-    """Row k > 0 is where the last token of sample k - 1 lies, token k * seq_length + extra - 1 of the long text.
+    """Row k > 0 is where the last token of sample k - 1 lies, token k * seq_length + extra - 1 of the long text."""
+    dtype = np.int32 if max(len(order), int(sizes.max())) <= 2**31 - 1 else np.int64
+    index = np.zeros((rows + 1, 2), dtype)
+    loops = native.loops() if len(order) + rows > BLOCK else None
+    if loops is not None:
+        loops.sample_index(np.ascontiguousarray(sizes), order, seq_length, extra, index)
+    else:
+        _by_blocks(sizes, order, seq_length, extra, index)
+    return index
+
+
+def _by_blocks(
+    sizes: npt.NDArray[np.int32], order: npt.NDArray[np.int32], seq_length: int, extra: int, index: npt.NDArray[Any]
+) -> None:
+    """Fill the sample index with array operations.
 
     How many rows end before a document does is one division, so the rows of a document are known without a search.
     """
-    dtype = np.int32 if max(len(order), int(sizes.max())) <= 2**31 - 1 else np.int64
-    index = np.zeros((rows + 1, 2), dtype)
+    rows = len(index) - 1
     done, passed = 0, 0  # rows, and tokens, of the blocks before
     for first in range(0, len(order), BLOCK):
         counts = sizes.take(order[first : first + BLOCK])
@@ -124,7 +139,6 @@ def _sample_index(
         np.subtract(starts, ends.take(place), out=found[:, 1], casting="same_kind")
         done += count
     index[done + 1 :] = len(order) - 1, max(int(sizes[order[-1]]) - extra, 0)  # a last sample that is not full
-    return index
 
 
 def _shuffled(values: npt.NDArray[Any], rng: np.random.RandomState) -> npt.NDArray[Any]:
