@@ -84,6 +84,8 @@ def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) 
             guard.rows(parts.source.rows),
             c.training.global_batch,
             _consumed(state),
+            ahead=c.data.ahead,
+            workers=c.data.workers,
             **parts.reading,
         )
         stack.callback(feed.close)

@@ -11,6 +11,7 @@ from fmegatron import config as configs
 from fmegatron import data
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import mds
+from fmegatron.train.mixing import files_of, fill_in_the_middle, mixed
 
 Say = Callable[[str], None]
 
@@ -38,9 +39,9 @@ def source_of(c: RunConfig, say: Say) -> Source:
         corpus = _conversations(c)
     elif d.streams:
         corpus = _streams(c)
-    elif d.source == "stdlib" and not d.blend:
+    elif d.source == "stdlib" and not d.blend and not d.mixture:
         corpus = data.quickstart(d.cache or c.run.folder.parent / "cache", d.vocab_size, say)
-    elif ":" in d.source and not d.blend and "://" not in d.source and not Path(f"{d.source}.idx").exists():
+    elif ":" in d.source and not d.blend and not d.mixture and "://" not in d.source and not Path(f"{d.source}.idx").exists():
         made = configs.imported(d.source)(**d.arguments)
         if not isinstance(made, data.Corpus):
             if not hasattr(made, "row"):
@@ -49,14 +50,18 @@ def source_of(c: RunConfig, say: Say) -> Source:
         corpus = made
     else:
         corpus = _token_files(c)
-    rows = _left(corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions), d.skip)
+    if d.mixture:
+        rows = mixed(c, corpus)
+    else:
+        rows = corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions)
+    rows = _left(fill_in_the_middle(c, corpus.codec, rows) if d.fim else rows, d.skip)
     bits = corpus.bits_per_byte if isinstance(corpus, data.Corpus) else {}
     return Source(rows, corpus, {f"{name} -9": value for name, value in bits.items()})
 
 
 def _token_files(c: RunConfig) -> data.Corpus:
     d = c.data
-    names = list(d.blend) or [d.source]
+    names = files_of(d.mixture) if d.mixture else list(d.blend) or [d.source]
     for name in names:
         if name != "mock" and "://" not in name:
             for suffix in (".bin", ".idx"):
@@ -73,6 +78,7 @@ def _token_files(c: RunConfig) -> data.Corpus:
         if bad := [f"{name} = {weight}" for name, weight in weights.items() if not _positive(weight)]:
             raise ConfigError(f"data.{key}: {bad[0]}: a weight is a number above 0; leave out what is not to be read")
     train: data.Files = {name: float(weight) for name, weight in d.blend.items()} or d.source
+    train = dict.fromkeys(names, 1.0) if d.mixture else train
     valid: data.Files | None = {name: float(weight) for name, weight in d.valid_blend.items()} or d.valid
     if d.split is not None and data.split_bounds(d.split, 1)[1] is not None and "mock" not in names:
         valid = train
