@@ -9,9 +9,10 @@ For each mesh axis m of "x, w -> out":
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from fmegatron.sharding.relayout import plan_relayout
 
 Names = tuple[str, ...]
 Placer = Callable[[Names], Placement]
+Lies = Literal["in, out", "out, in", "mixed"]
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """x [..., in] times w: the number of dims of "in", how w lies, and its dims in the order in, out."""
+
+    contracted: int
+    lies: Lies
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,18 @@ class Product:
     w: Names
     out: Names
     home: tuple[Op, ...]
+
+    @cached_property
+    def matmul(self) -> Matmul | None:
+        """The product as one matmul; None where the names do not allow it."""
+        contracted = [n for n in self.x if n in self.w and n not in self.out]
+        rows = [n for n in self.x if n not in contracted]
+        columns = [n for n in self.w if n not in contracted]
+        if list(self.x) != rows + contracted or list(self.out) != rows + columns or not contracted:
+            return None
+        order = [self.w.index(n) for n in contracted + columns]
+        lies: Lies = "in, out" if order == sorted(order) else "out, in" if list(self.w) == columns + contracted else "mixed"
+        return Matmul(len(contracted), lies, tuple(order))
 
 
 def parse_einsum(pattern: str) -> list[tuple[Names, Names, Names]]:
@@ -85,21 +108,18 @@ def _plan_product(mesh: Mesh, place: Placer, x: Names, w: Names, out: Names) -> 
 
 def multiply(product: Product, x: Tensor, w: Tensor) -> Tensor:
     """The local product: a plain matmul wherever the names allow it."""
-    contracted = [n for n in product.x if n in product.w and n not in product.out]
-    rows = [n for n in product.x if n not in contracted]
-    columns = [n for n in product.w if n not in contracted]
-    if list(product.x) != rows + contracted or list(product.out) != rows + columns or not contracted:
+    form = product.matmul
+    if form is None:
         return _general(product, x, w)
-    k = len(contracted)
-    inner = math.prod(x.shape[-k:])
+    k, shape = form.contracted, w.shape
     x = x.flatten(-k) if k > 1 else x
-    tail = [w.shape[product.w.index(n)] for n in columns]
-    if list(product.w) == contracted + columns:
-        matrix = w.reshape(inner, -1)
-    elif list(product.w) == columns + contracted:
+    inner, tail = x.shape[-1], [shape[dim] for dim in form.order[k:]]
+    if form.lies == "in, out":
+        matrix = w.reshape(inner, -1) if w.dim() > 2 else w
+    elif form.lies == "out, in":
         matrix = w.reshape(-1, inner).t()
     else:
-        matrix = w.permute([product.w.index(n) for n in contracted + columns]).reshape(inner, -1)
+        matrix = w.permute(form.order).reshape(inner, -1)
     y = torch.matmul(x, matrix)
     return y if len(tail) == 1 else y.reshape((*y.shape[:-1], *tail))
 
