@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optree
+import torch
+from torch import Tensor
 
 Tree = Any
 
@@ -67,3 +69,10 @@ def partition(tree: Tree, keep: Callable[[str, Any], bool]) -> tuple[Tree, Tree]
 def combine(first: Tree, second: Tree) -> Tree:
     """Fill the holes of one tree from the other: `combine(*partition(tree, keep)) == tree`."""
     return optree.tree_map(lambda a, b: b if a is None else a, first, second, none_is_leaf=True)
+
+
+def as_one(values: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """fn of all elements of several values as one fp64 vector, taken apart again."""
+    flat = fn(torch.cat([x.reshape(-1).to(torch.float64) for x in values.values()]))
+    parts = flat.split([x.numel() for x in values.values()])
+    return {name: part.reshape(x.shape) for (name, x), part in zip(values.items(), parts, strict=True)}

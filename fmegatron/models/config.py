@@ -10,6 +10,7 @@ from fmegatron.nn.attention import Attention
 from fmegatron.nn.losses import Loss
 from fmegatron.nn.mla import Latent
 from fmegatron.nn.mlp import Mlp
+from fmegatron.nn.moe import Moe
 from fmegatron.nn.norm import Norm
 from fmegatron.nn.rope import Rope, Scaling, Yarn
 from fmegatron.sharding import Size
@@ -57,6 +58,7 @@ class Config:
     # mlp
     activation: str = "swiglu"
     mlp_bias: bool = False
+    moe: Moe | None = None  # experts in place of the mlp, in the layers that it says
     # norms
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -94,6 +96,8 @@ class Config:
         for name, flags in (("no_rope", self.no_rope), ("no_window", self.no_window)):
             if isinstance(flags, tuple | list) and len(flags) != self.layers:
                 raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
+        if self.moe is not None and not isinstance(self.moe.layers, int) and len(self.moe.layers) != self.layers:
+            raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for layers = {self.layers}")
         if self.qk_layer_scaling and self.attention_softcap is not None:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
         if self.kv_lora is not None:
@@ -125,6 +129,7 @@ class Config:
             "position": self.context,
             **({"joined": 2 * self.embed} if self.mtp else {}),
             **({} if self.latent is None else self.latent.sizes(self.head_dim)),
+            **(self.moe.sizes(self.mlp) if self.moe is not None else {}),
         }
 
     @property
@@ -171,8 +176,9 @@ class Config:
 
     @property
     def dropouts(self) -> bool:
-        """Whether anything is dropped."""
-        return max(self.embed_dropout, self.attention_dropout, self.hidden_dropout) > 0
+        """Whether training differs from evaluation, by dropout or a router's noise."""
+        rates = max(self.embed_dropout, self.attention_dropout, self.hidden_dropout)
+        return rates > 0 or (self.moe is not None and self.moe.trains_otherwise)
 
 
 def chosen(flags: int | tuple[bool, ...], layer: int) -> bool:
@@ -206,6 +212,11 @@ def attention_of(c: Config, layer: int) -> Attention:
         dropout=c.attention_dropout,
         latent=c.latent,
     )
+
+
+def moe_of(c: Config, layer: int) -> Moe | None:
+    """A layer's experts, None where it is dense."""
+    return c.moe if c.moe is not None and c.moe.at(layer) else None
 
 
 def kinds(c: Config) -> list[Attention]:

@@ -5,12 +5,14 @@ layer  h -> h               h + attention(norm(h)), then h + mlp(norm(h))
 final  h -> out             last norm
 mtp    h, further tokens -> h, out.1, ...    where further tokens are predicted: models/mtp.py
 loss   out, labels -> sums  logits over a sharded vocabulary, a piece of the sequence at a time
+
+Layers with experts add their losses to running sums "moe.TERM", which become terms behind the last layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,11 @@ from torch import Tensor
 
 from fmegatron import random
 from fmegatron.models import mtp
-from fmegatron.models.config import Config, kinds
+from fmegatron.models.config import Config, kinds, moe_of
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
-from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, norm, rope, watch
+from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, moe, norm, rope, router, watch
 from fmegatron.nn.attention import Attention
+from fmegatron.nn.moe import Moe
 from fmegatron.nn.param import Param, normal, stack
 from fmegatron.sharding import Sharding
 
@@ -52,9 +55,9 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     return out
 
 
-def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
-    """One block: attention, then the feed-forward, each added to the residual stream."""
-    n = c.block_norm
+def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """One block: attention, then the feed-forward or the experts, each added to the residual stream."""
+    n, out = c.block_norm, {}
 
     def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
         y = block(norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
@@ -67,9 +70,27 @@ def layer(c: Config, a: Attention, sh: Sharding, p: Any, v: Values, key: Tensor 
         return norm.apply(sh, n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
 
     h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
-    h = add(h, "mlp", 1, lambda x: mlp.apply(sh, c.block_mlp, p["mlp"], x))
+
+    def forward(x: Tensor) -> Tensor:
+        if m is None:
+            return mlp.apply(sh, c.block_mlp, p["mlp"], x)
+        y, terms = moe.apply(sh, m, c.block_mlp, p["mlp"], x, v, key)
+        out.update({f"moe.{name}": v[f"moe.{name}"] + x if f"moe.{name}" in v else x for name, x in terms.items()})
+        return y
+
+    h = add(h, "mlp", 1, forward)
     watch.activation(sh, "h", h, STREAM)
-    return {"h": h}
+    return {"h": h, **out}
+
+
+def balance(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
+    """The routers' losses of all layers, as terms."""
+    return {f"loss.{name}": v[f"moe.{name}"] for name in _terms(c)}
+
+
+def _terms(c: Config) -> tuple[str, ...]:
+    """The routers' terms that are on."""
+    return tuple(c.moe.coefficients) if c.moe is not None else ()
 
 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
@@ -95,11 +116,12 @@ def output(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Va
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
-def declare_layer(c: Config, a: Attention) -> dict[str, Any]:
+def declare_layer(c: Config, a: Attention, m: Moe | None = None) -> dict[str, Any]:
     """Weights of one block."""
     inner = normal(c.init_std)
     outer = normal(c.init_std / math.sqrt(2 * c.layers)) if c.init_scaled else inner
-    p: dict[str, Any] = {"attn": attention.declare(a, inner, outer), "mlp": mlp.declare(c.block_mlp, inner, outer)}
+    forward = mlp.declare(c.block_mlp, inner, outer) if m is None else moe.declare(m, c.block_mlp, inner, outer)
+    p: dict[str, Any] = {"attn": attention.declare(a, inner, outer), "mlp": forward}
     for name in ("attn", "mlp"):
         if c.norm_at != "out":
             p[f"{name}_norm"] = norm.declare(c.block_norm)
@@ -111,7 +133,7 @@ def declare_layer(c: Config, a: Attention) -> dict[str, Any]:
 def runs(c: Config) -> list[range]:
     """Neighbouring layers whose weights have one structure: what is stacked together."""
     found: list[range] = []
-    declared = [declare_layer(c, a) for a in kinds(c)]
+    declared = [declare_layer(c, a, moe_of(c, i)) for i, a in enumerate(kinds(c))]
     for i in range(c.layers):
         if found and declared[i] == declared[found[-1].start]:
             found[-1] = range(found[-1].start, i + 1)
@@ -135,26 +157,28 @@ PLACES = ("sample", "place.h")
 
 def gpt(c: Config) -> Model:
     """The model of a config."""
-    every = kinds(c)
+    every = [(a, moe_of(c, i)) for i, a in enumerate(kinds(c))]
+    sums, terms = tuple(f"moe.{name}" for name in _terms(c)), tuple(f"loss.{name}" for name in _terms(c))
     declare: dict[str, Any] = {"embed": embedding.declare(normal(c.init_std), c.positions == "learned")}
     if c.embed_norm:
         declare["embed"]["norm"] = norm.declare(c.block_norm)
-    declare["layers"] = {str(run.start): stack(declare_layer(c, every[run.start]), len(run)) for run in runs(c)}
+    declare["layers"] = {str(run.start): stack(declare_layer(c, *every[run.start]), len(run)) for run in runs(c)}
     if c.norm_at != "post":
         declare["norm"] = norm.declare(c.block_norm)
     if c.mtp:
-        declare["mtp"] = {"0": stack(mtp.declare(c, declare_layer(c, every[-1])), c.mtp)}
+        declare["mtp"] = {"0": stack(mtp.declare(c, declare_layer(c, *every[-1])), c.mtp)}
     if not c.tied:
         declare["head"] = {"weight": Param("vocab embed", normal(c.init_std))}
     head = (("table", "embed.token" if c.tied else "head.weight"),)
     live = (*CONTEXT, *PLACES) if c.dropouts else CONTEXT
-    fns = {a: partial(layer, c, a) for a in every}  # one function a kind: what is compiled once
+    fns = {kind: partial(layer, c, *kind) for kind in every}  # one function a kind: what is compiled once
     blocks = [
         Node(
             fn=fns[every[i]],
             params=(("", f"layers.{run.start}"),),
-            reads=("h", *live),
-            writes=("h",),
+            reads=("h", *live, *sums, f"route.{i + 1}"),
+            writes=("h", *sums),
+            own=moe.own(i + 1),
             layer=i - run.start,
             index=i + 1,
         )
@@ -181,6 +205,7 @@ def gpt(c: Config) -> Model:
             light=True,
         ),
         *mtp.modules(c, blocks[-1]),
+        *([Node(partial(balance, c), (), sums, terms, index=c.layers + 3, light=True)] if terms else []),
         Node(
             partial(loss, c),
             head,
@@ -196,8 +221,27 @@ def gpt(c: Config) -> Model:
         sizes=c.sizes,
         chain=chain,
         inputs=partial(mtp.inputs, c) if c.mtp else next_token,
-        counts_of=partial(mtp.counts_of, c) if c.mtp else count_tokens(c.head.terms),
+        counts_of=partial(counts_of, c),
         output=Node(partial(output, c), head, ("out",), ("logits",), index=c.layers + 2),
         config=c,
         dropout=c.dropouts,
+        moves=partial(moves, c) if c.moe is not None and c.moe.balance_bias else None,
     )
+
+
+def counts_of(c: Config, sh: Sharding, v: Values) -> dict[str, Tensor]:
+    """The terms' denominators: tokens by their weights, and what the routers' losses are means over."""
+    counts = mtp.counts_of(c, sh, v) if c.mtp else count_tokens(c.head.terms)(sh, v)
+    return counts if c.moe is None else counts | router.denominators(sh, c.moe, v["tokens"])
+
+
+def moves(c: Config, taps: Mapping[str, Tensor]) -> Values:
+    """What a step adds to the routers' balance biases, by the loads that were tapped."""
+    assert c.moe is not None
+    found = {}
+    for name, load in taps.items():
+        if name.startswith("experts/") and name.endswith(".load"):
+            number = int(name[len("experts/") : -len(".load")])  # of the node
+            layer = f"layers.{number - 1}" if number <= c.layers else f"mtp.{number - c.layers - 4}.layer"
+            found[f"{layer}.mlp.router.balance"] = router.move(c.moe, load)
+    return found

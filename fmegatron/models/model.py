@@ -38,6 +38,7 @@ class Node:
 
     params: (name inside fn, dotted path in the tree); the name "" merges the subtree itself.
     reads: values it may read, left out where the batch does not lead to them. writes: values it may write.
+    own: (name inside fn, name outside) of values that are this node's alone, so that nodes may share a function.
     layer: which slice of the stacked subtrees among its parameters.
     mtp: it predicts further tokens, for the loss alone: logits and generation leave it out.
     index: its number in the whole model; the key it gets is folded with it. key is None without dropout.
@@ -51,6 +52,7 @@ class Node:
     params: tuple[tuple[str, str], ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    own: tuple[tuple[str, str], ...] = ()
     layer: int | None = None
     mtp: bool = False
     index: int = 0
@@ -63,6 +65,15 @@ class Node:
         """Whether it is one of the decoder's layers."""
         return self.layer is not None and not self.mtp
 
+    def given(self, values: Values) -> Values:
+        """Those of the values that it reads, under the names inside fn."""
+        inside = {outside: name for name, outside in self.own}
+        return {inside.get(name, name): values[name] for name in self.reads if name in values}
+
+    def outside(self, name: str) -> str:
+        """The name outside of what fn calls `name`."""
+        return dict(self.own).get(name, name)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -71,7 +82,8 @@ class Model:
     declare: tree of Param. chain: its nodes write "loss.TERM": local sums, whose total over ranks divided by the term's
     global count is the term; the loss is the sum of the terms.
     inputs: fills in what a batch lacks: `inputs(sh, batch) -> values`.
-    counts_of: {term: local count} of such values. output: the node that writes "logits" from what the chain leaves.
+    counts_of: {term: local count} of such values. moves: from a step's taps, what is added to leaves that no gradient reaches,
+    {path with the global layer's number: tensor}. output: the node that writes "logits" from what the chain leaves.
     """
 
     declare: Tree
@@ -82,6 +94,7 @@ class Model:
     output: Node | None = None
     config: Any = None
     dropout: bool = field(default=False)  # whether a key changes anything
+    moves: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     def init(self, key: Tensor | int = 0, dtype: torch.dtype = torch.float32) -> Tree:
         """Initial parameters on one device."""
@@ -147,9 +160,9 @@ def run_chain(
     for node in nodes:
         own = node_params(node, model.declare, slices, sh)
         folded = random.fold_in(key, node.index) if key is not None and model.dropout else None
-        reads = {name: values[name] for name in node.reads if name in values}
         mine, here = Taps(), sh.of_layer(node.index)
-        values = {**values, **node.fn(here if sh.taps is None else here.tapping(mine), own, reads, folded)}
+        found = node.fn(here if sh.taps is None else here.tapping(mine), own, node.given(values), folded)
+        values = {**values, **{node.outside(name): x for name, x in found.items()}}
         if sh.taps is not None:
             collect(sh.taps, mine, node.index)
     return values

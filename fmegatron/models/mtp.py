@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fmegatron.models.config import Config
 from fmegatron.models.model import Node, NodeFn, Values, count_tokens, next_token
-from fmegatron.nn import context, embedding, losses, norm
+from fmegatron.nn import context, embedding, losses, moe, norm
 from fmegatron.nn.param import Param, normal
 from fmegatron.sharding import Sharding
 
@@ -102,8 +102,9 @@ def modules(c: Config, last: Node) -> list[Node]:
         Node(
             partial(module, c, last.fn, k),
             (("", "mtp.0"), ("embed", "embed")),
-            (*last.reads, *(f"{name}.{k}" for name in ("tokens", *JUDGED))),
+            (*moe.renumbered(last.reads, c.layers + k), *(f"{name}.{k}" for name in ("tokens", *JUDGED))),
             (*last.writes, *_ends(k)),
+            own=moe.own(c.layers + k),
             layer=k - 1,
             mtp=True,
             index=c.layers + 3 + k,

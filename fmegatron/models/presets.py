@@ -12,6 +12,7 @@ from typing import Any
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.model import Model
+from fmegatron.nn.moe import experts_of
 from fmegatron.nn.rope import Llama3Scaling, scaling_of
 
 Fields = dict[str, Any]
@@ -185,7 +186,10 @@ def config(name: str, **overrides: Any) -> Config:
     scaling = overrides.get("rope_scaling")
     if isinstance(scaling, Mapping):
         plain["rope_scaling"] = scaling_of(scaling)
-    return Config(**{**base, **sizes[size], **plain})
+    published = {**base, **sizes[size]}
+    if isinstance(overrides.get("moe"), Mapping):
+        plain["moe"] = experts_of(overrides["moe"], published.get("moe"))
+    return Config(**{**published, **plain})
 
 
 def preset(name: str, **overrides: Any) -> Model:

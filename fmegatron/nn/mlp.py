@@ -46,27 +46,33 @@ class Mlp:
         return self.kind in GATED
 
 
-def declare(mlp: Mlp, inner: Init, outer: Init) -> dict[str, Param]:
-    """Its weights: `inner` fills the projections up, `outer` the one back into the residual stream."""
-    weights = {"gate": Param("embed mlp", inner)} if mlp.gated else {}
-    weights |= {"up": Param("embed mlp", inner), "down": Param("mlp embed", outer)}
+def declare(mlp: Mlp, inner: Init, outer: Init, width: str = "mlp") -> dict[str, Param]:
+    """Its weights: `inner` fills the projections up, `outer` the one back into the residual stream; width: a dim's name."""
+    weights = {"gate": Param(f"embed {width}", inner)} if mlp.gated else {}
+    weights |= {"up": Param(f"embed {width}", inner), "down": Param(f"{width} embed", outer)}
     if mlp.bias:
-        weights |= {"gate_bias": bias("mlp")} if mlp.gated else {}
-        weights |= {"up_bias": bias("mlp"), "down_bias": bias("embed")}
+        weights |= {"gate_bias": bias(width)} if mlp.gated else {}
+        weights |= {"up_bias": bias(width), "down_bias": bias("embed")}
     return weights
 
 
-def apply(sh: Sharding, mlp: Mlp, p: dict[str, Any], x: Tensor) -> Tensor:
-    """[batch, seq, embed] -> [batch, seq, embed]."""
+def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor) -> Tensor:
+    """What the last projection reads, of any shape; gate: of gated kinds."""
     act = ACTIVATIONS[GATED.get(mlp.kind, mlp.kind)]
+    return act(up) if gate is None else act(gate) * up
+
+
+def apply(sh: Sharding, mlp: Mlp, p: dict[str, Any], x: Tensor, width: str = "mlp") -> Tensor:
+    """[batch, seq, embed] -> [batch, seq, embed]."""
+    inner = f"batch seq {width}"
     if mlp.gated:
-        pattern = "batch seq embed, (embed mlp | embed mlp) -> (batch seq mlp | batch seq mlp)"
+        pattern = f"batch seq embed, (embed {width} | embed {width}) -> ({inner} | {inner})"
         gate, up = sh.einsum(pattern, x, p["gate"], p["up"])
         if mlp.bias:
             gate, up = gate + p["gate_bias"], up + p["up_bias"]
-        hidden = sh.remat("mlp_activation", lambda gate, up: act(gate) * up, gate, up)
+        h = sh.remat("mlp_activation", partial(hidden, mlp), gate, up)
     else:
-        up = sh.einsum("batch seq embed, embed mlp -> batch seq mlp", x, p["up"])
-        hidden = sh.remat("mlp_activation", act, up + p["up_bias"] if mlp.bias else up)
-    y = sh.einsum("batch seq mlp, mlp embed -> batch seq embed", hidden, p["down"])
+        up = sh.einsum(f"batch seq embed, embed {width} -> {inner}", x, p["up"])
+        h = sh.remat("mlp_activation", partial(hidden, mlp, None), up + p["up_bias"] if mlp.bias else up)
+    y = sh.einsum(f"{inner}, {width} embed -> batch seq embed", h, p["down"])
     return y + p["down_bias"] if mlp.bias else y

@@ -32,6 +32,7 @@ class Param:
 
     decay: None means yes for what has two dims or more, as Megatron-LM does; say False for a bias of several dims.
     layers: the number of layers that a stacked leaf holds; its first name is then "layers".
+    exact: it keeps its own dtype where the computation runs in another.
     inputs: of a matrix of more than two dims, how many a product with it sums over; None: see `matrix`.
     """
 
@@ -40,6 +41,7 @@ class Param:
     decay: bool | None = None
     layers: int | None = None
     inputs: int | None = None
+    exact: bool = False
 
     @property
     def decays(self) -> bool:

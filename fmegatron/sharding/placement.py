@@ -105,7 +105,7 @@ def place(
     return Placement(names, tuple(tuple(given[name]) for name in names))
 
 
-UNSHARDED = ("layers",)  # the wildcard leaves these dims whole: a block takes slices of them
+UNSHARDED = ("layers", "router_expert")  # the wildcard leaves these whole: a block takes slices of them, or all of few
 
 
 def _largest(

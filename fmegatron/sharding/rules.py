@@ -54,6 +54,8 @@ class Rules:
     attention: lines before compute's on names inside attention: a form of context parallelism, written out or by its name
         in CONTEXTS.
     layers: {layer, counted from 1: such lines for it in place of `attention`}.
+    dispatch: how tokens travel to experts on other ranks, see nn/dispatch.py; "auto": "ragged" where values can be looked
+        at, else (in compiled blocks, on virtual meshes) "padded".
     zigzag: the axes, outermost of seq's, over which a rank holds a chunk of the sequence's head and one of its tail.
     apart: the mesh axis along which parameters and optimizer state are each rank's own, see apart.py; None: there is none.
     """
@@ -66,6 +68,7 @@ class Rules:
     attention: Lines | str = ()
     layers: Mapping[int, Lines | str] | Iterable[tuple[int, Lines | str]] = ()
     zigzag: tuple[str, ...] = ()
+    dispatch: Literal["auto", "gather", "padded", "ragged"] = "auto"
     apart: str | None = None
     name: str = field(default="custom", compare=False)
 
@@ -78,6 +81,8 @@ class Rules:
         object.__setattr__(self, "zigzag", (self.zigzag,) if isinstance(self.zigzag, str) else tuple(self.zigzag))
         if self.reduce not in ("step", "microbatch"):
             raise ValueError(f"reduce is 'step' or 'microbatch', not {self.reduce!r}")
+        if self.dispatch not in ("auto", "gather", "padded", "ragged"):
+            raise ValueError(f"dispatch is 'auto', 'gather', 'padded' or 'ragged', not {self.dispatch!r}")
 
     def _decode(self) -> list[RuleLike]:
         """Compute without rules on seq, its batch optional."""
@@ -133,13 +138,14 @@ CONTEXTS: Mapping[str, Lines] = MappingProxyType({  # forms of context paralleli
 })
 BATCH: RuleLike = ("batch", ("replica", "dp", "fsdp", "ep"))
 CONTEXT: tuple[RuleLike, ...] = (("seq", ("cp", "cpa")), ("loss_seq", ("cp", "cpa")))
-TENSOR: tuple[RuleLike, ...] = (("heads", "tp"), ("kv", "tp?"), ("mlp", "tp"), ("vocab", "tp"), ("expert", "ep"))
+EXPERTS: tuple[RuleLike, ...] = (("expert", "ep"), ("expert_mlp", "tp"), ("shared_mlp", "tp"))
+TENSOR: tuple[RuleLike, ...] = (("heads", "tp"), ("kv", "tp?"), ("mlp", "tp"), ("vocab", "tp"), *EXPERTS)
 SEQUENCE: tuple[RuleLike, ...] = (("seq", ("cp", "cpa", "tp")), ("loss_seq", ("cp", "cpa")))
-SHARDED: RuleLike = ("*", ("dp", "fsdp", "cp", "cpa"))  # the mesh's order: leaves then share their collectives
+SHARDED: RuleLike = ("*", ("dp", "fsdp", "ep", "cp", "cpa"))  # the mesh's order: leaves then share their collectives
 
 _TP = normalize((*TENSOR, BATCH, *CONTEXT))
 _TP_SP = normalize((*TENSOR, BATCH, *SEQUENCE))
-_DATA = normalize((BATCH, *CONTEXT))
+_DATA = normalize((("expert", "ep"), BATCH, *CONTEXT))
 
 
 def _presets() -> dict[str, Rules]:

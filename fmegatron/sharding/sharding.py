@@ -224,9 +224,13 @@ class Sharding:
         return fn
 
     # -- terms, statistics, recomputation -----------------------------------------------------------------------------
-    def total(self, x: Tensor, names: str) -> Tensor:
-        """The local part of the global sum of a tensor: 0-D; replicated copies are counted once, so the ranks' parts add up."""
-        return self._once(x.sum(), names)
+    def total(self, x: Tensor, names: str, keep: str = "") -> Tensor:
+        """The local part of the global sum of a tensor over all dims but `keep`: 0-D, or [keep].
+
+        Replicated copies are counted once, so the ranks' parts add up.
+        """
+        dims = [dim for dim, name in enumerate(names.split()) if name != keep]
+        return self._once(x.sum(dims) if keep else x.sum(), names)
 
     def _once(self, y: Tensor, names: str) -> Tensor:
         for axis in self.layout.plan("unplaced", names):
@@ -234,17 +238,17 @@ class Sharding:
             y = apply(y, self.rank, Once(axis))
         return y
 
-    def tap(self, name: str, x: Tensor, names: str, op: str = "sum") -> None:
+    def tap(self, name: str, x: Tensor, names: str, op: str = "sum", keep: str = "") -> None:
         """Leave a statistic of all elements, everywhere, for aux; no gradient, free when taps are off.
 
-        op: "sum", "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that taps; a name
+        op: "sum" (which may `keep` a dim), "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that taps; a name
         without is added up, or compared, over all of them.
         """
         if self.taps is not None and op == "moments":
             whole_rows = not self.placement(names).axes[-1]
             self.taps[name] = (op, self._once(moments(x.detach(), whole_rows), names))
         elif self.taps is not None:
-            self.taps[name] = (op, self.total(x.detach(), names) if op == "sum" else x.detach().amax())
+            self.taps[name] = (op, self.total(x.detach(), names, keep) if op == "sum" else x.detach().amax())
 
     def remat(self, name: str, fn: Callable[..., Any], *tensors: Tensor) -> Any:
         """`fn(*tensors)`, a named part whose residuals a remat policy may drop and compute again."""

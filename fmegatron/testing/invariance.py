@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmegatron import random, tree
 from fmegatron.models.model import Model, run_chain
+from fmegatron.nn import router
 from fmegatron.sharding import RULES, SINGLE, Placement, Rules, Sharding, shard, spmd, thread_mesh, virtual_mesh
 from fmegatron.sharding.named import split_arrow
 from fmegatron.sharding.placement import parse_names
@@ -40,6 +41,7 @@ NAMES: Mapping[str, str] = MappingProxyType({  # "a b within c": lies where a an
     "out.weights": "batch loss_seq",
     **{f"out.{k}": "batch loss_seq embed" for k in range(1, 5)},  # of multi-token prediction
     **{f"out.{name}.{k}": "batch loss_seq" for k in range(1, 5) for name in ("labels", "weights")},
+    **{f"moe.{term}": "" for term in router.LOSSES},
 })
 
 

@@ -126,7 +126,7 @@ def forward(
 ) -> tuple[Values, frozenset[str], Ran]:
     """Run one node. moving: names of values that depend on parameters. again: it ran before, and its taps are known."""
     own = step.weights.take(node)
-    reads = {name: values[name] for name in node.reads if name in values}
+    reads = node.given(values)
     if node.chunks:
         losses = in_parts(node, step, own, reads, moving)
         return {**values, **losses}, moving, Ran(node, own, None)

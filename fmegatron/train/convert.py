@@ -23,6 +23,7 @@ from fmegatron import config as configs
 from fmegatron import files, models, toml
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Config, Model, hf, layers
+from fmegatron.nn.moe import experts_of
 from fmegatron.nn.rope import scaling_of
 from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
@@ -121,6 +122,8 @@ def model_of(meta: Mapping[str, Any]) -> Model:
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if given.get("rope_scaling"):
             given["rope_scaling"] = scaling_of(given["rope_scaling"])
+        if given.get("moe"):
+            given["moe"] = experts_of(given["moe"])
         return models.gpt(Config(**given))
     run = toml.update(RunConfig(), toml.loads(meta["config"]), "the checkpoint's configuration")
     if run.model.function is None:

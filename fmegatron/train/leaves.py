@@ -8,14 +8,19 @@ storage ----------------------> compute ; gradients ------------> accumulator --
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from fmegatron import tree
+from fmegatron.models.layers import layer_paths
 from fmegatron.models.model import Model
 from fmegatron.nn.param import Param
 from fmegatron.sharding import Placement, Sharding
 from fmegatron.sharding.bucket import Plan, run_together
-from fmegatron.sharding.relayout import plan_relayout
+from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.tree import Tree
 
 
@@ -90,6 +95,27 @@ def to_optimizer(leaves: dict[str, Leaf], params: Tree, sh: Sharding) -> Tree:
 def to_storage(leaves: dict[str, Leaf], params: Tree, sh: Sharding) -> Tree:
     """Parameters from the optimizer's placement back to storage: the inverse of `to_optimizer`."""
     return _along(leaves, params, sh, "give")
+
+
+def add_moves(
+    model: Model, leaves: dict[str, Leaf], params: Tree, metrics: Mapping[str, Tensor], ok: Tensor, sh: Sharding
+) -> Tree:
+    """Parameters in the optimizer's placement, and what the model moves by a step's taps without a gradient, if ok.
+
+    A leaf with moves of some of its layers has those of all.
+    """
+    if model.moves is None:
+        return params
+    moves = model.moves({name.removeprefix("tap.sum."): x for name, x in metrics.items() if name.startswith("tap.sum.")})
+    values, spec = tree.flatten(params)
+    for i, leaf in enumerate(leaves.values()):
+        paths = layer_paths(leaf.path, leaf.param)
+        if paths[0] in moves:
+            move = torch.stack([moves[path] for path in paths]) if leaf.stacked else moves[paths[0]]
+            whole = replace(leaf.optimizer, axes=((),) * len(leaf.optimizer.axes))
+            own = run(move.to(values[i].dtype), sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
+            values[i] = values[i] + torch.where(ok, own, torch.zeros_like(own))
+    return tree.unflatten(spec, values)
 
 
 BUCKET = 1 << 24  # most elements in one bucket

@@ -64,7 +64,7 @@ class Meeting:
         terms = [name.removeprefix("count.") for name in own if name.startswith("count.")]
         added = {name: x.double() * (own[f"count.{name}"] if name in terms else 1) for name, x in own.items()
                  if not name.startswith("tap.max.")}  # fmt: skip
-        sums = dict(zip(added, run(torch.stack(list(added.values())), sh.rank, [Psum(axis)]).unbind(0), strict=True))
+        sums = tree.as_one(added, lambda flat: run(flat, sh.rank, [Psum(axis)]))
         whole = ("count.", "tap.", "skipped")
         out = {name: x if name.startswith(whole) else x / axis.size for name, x in sums.items()}
         out |= {term: sums[term] / sums[f"count.{term}"].clamp(min=1) for term in terms}

@@ -152,16 +152,18 @@ def with_loss(model: Model, target: str) -> Model:
     if any(node.mtp for node in model.chain):
         raise ConfigError(f"model.loss = {target}: it is of the next token only, set model.overrides.mtp = 0")
     fn, head = configs.imported(target), model.config.head
+    replaced = {name for node in model.chain if "out" in node.reads for name in node.writes}
 
     def node(sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
         logits = losses.logits(sh, head, v["out"], p["table"])
         return {"loss.custom": fn(sh, logits, v["out.labels"], v["out.weights"])}
 
     def counts(sh: Sharding, values: Values) -> dict[str, Tensor]:
-        return {"custom": sh.total(values["weights"], "batch seq")}
+        kept = {name: x for name, x in model.counts_of(sh, values).items() if f"loss.{name}" not in replaced}
+        return {"custom": sh.total(values["weights"], "batch seq")} | kept
 
     def swap(old: Node) -> Node:
-        own = any(name.startswith("loss.") for name in old.writes)
+        own = "out" in old.reads and any(name.startswith("loss.") for name in old.writes)
         return replace(old, fn=node, writes=("loss.custom",)) if own else old
 
     return replace(model, chain=tuple(swap(old) for old in model.chain), counts_of=counts)

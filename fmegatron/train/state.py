@@ -157,6 +157,6 @@ def over_ranks(sh: Sharding, x: Tensor, op: type[Psum] | type[Pmax]) -> Tensor:
 
 
 def sum_together(sh: Sharding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over all ranks of several 0-D values, in one collective an axis."""
-    summed = over_ranks(sh, torch.stack([x.to(torch.float64) for x in values.values()]), Psum)
-    return {name: x.to(values[name].dtype) for name, x in zip(values, summed.unbind(0), strict=True)}
+    """The sums over all ranks of several values, in one collective an axis."""
+    summed = tree.as_one(values, lambda flat: over_ranks(sh, flat, Psum))
+    return {name: x.to(values[name].dtype) for name, x in summed.items()}

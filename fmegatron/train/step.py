@@ -28,7 +28,7 @@ from fmegatron.split import SPLIT
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.gradients import Gradients
-from fmegatron.train.leaves import Leaf, plan_leaves, to_optimizer, to_storage
+from fmegatron.train.leaves import Leaf, add_moves, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.meeting import Meeting, meeting_of
 from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.norms import watched
@@ -285,6 +285,7 @@ def step_on_rank(
     if sh.watch:
         metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, params, opt_state)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
+    params = add_moves(model, plan.leaves, params, metrics, ok, sh)
     params = to_storage(plan.leaves, params, sh)
     new = TrainState(
         step=state.step + ok.long(),

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.collectives import Pmax, Psum
-from fmegatron.sharding.moments import SIZE, described, merged
+from fmegatron.sharding.moments import described, merged
 from fmegatron.train.state import over_ranks, sum_together
 
 NOTHING = {"sum": 0.0, "max": -torch.inf, "moments": 0.0}  # what a rank joins that tapped nothing
 
 
-def nothing(name: str, like: Tensor) -> Tensor:
-    """What a rank that has not tapped "tap.OP.NAME" adds to it."""
-    op = name.split(".")[1]
-    return like.new_full((SIZE,) if op == "moments" else (), NOTHING[op], dtype=torch.float64)
+def nothing(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """What a rank that has not tapped "tap.OP.NAME", of that shape, adds to it."""
+    return like.new_full(shape, NOTHING[name.split(".")[1]], dtype=torch.float64)
 
 
 def everywhere(sh: Sharding, sums: Mapping[str, Tensor], taps: Mapping[str, Tensor]) -> dict[str, Tensor]:

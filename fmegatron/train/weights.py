@@ -89,15 +89,15 @@ class Weights:
         x = self.params[leaf.path]
         if not leaf.gather:
             if leaf.path not in self.whole:
-                self.whole[leaf.path] = self._cast(x)
+                self.whole[leaf.path] = self._cast(x, leaf)
             x = self.whole[leaf.path]
         if leaf.stacked:
             assert node.layer is not None
             x = x[node.layer]
-        return self._cast(x)
+        return self._cast(x, leaf)
 
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if self.dtype is not None and x.is_floating_point() else x
+    def _cast(self, x: Tensor, leaf: Leaf) -> Tensor:
+        return x.to(self.dtype) if self.dtype is not None and x.is_floating_point() and not leaf.param.exact else x
 
     def _start_more(self) -> None:
         while self.visits and len(self.pending) <= self.ahead:

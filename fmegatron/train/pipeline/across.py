@@ -86,6 +86,7 @@ def everywhere(
     losses = {f"loss.{term}": losses.get(f"loss.{term}", torch.zeros_like(some)) for term in counts}
     if ("taps", watch) not in placed.memo:
         names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, sorted(taps))
-        placed.memo["taps", watch] = sorted({name for found in names for name in found})
-    return losses, {name: taps[name] if name in taps else nothing(name, some) for name in placed.memo["taps", watch]}
+        dist.all_gather_object(names, sorted((name, tuple(x.shape)) for name, x in taps.items()))
+        placed.memo["taps", watch] = sorted({pair for found in names for pair in found})
+    every = placed.memo["taps", watch]
+    return losses, {name: taps[name] if name in taps else nothing(name, shape, some) for name, shape in every}

@@ -1,0 +1,135 @@
+"""Tokens to their experts and back: what each form of expert parallelism does between a router and grouped products.
+
+    y_t = sum_j w_tj f_e(x_t),  e = index_tj        dispatch(sh, form, x, index, weight, ...) -> y
+
+    gather   all tokens of the ranks that share experts come to each of them, and sums of results are scattered back
+    padded   each rank sends every expert `slots` rows by all-to-all, zeros where it has fewer: static shapes
+    ragged   each rank sends every expert the rows that it has, by all-to-alls of uneven splits
+
+Where experts lie, and over what the width of one is cut, is the rules' choice (names `expert`, `expert_mlp`): over any mesh
+axes, those of the batch, of the sequence, of tensor parallelism or their own. With tokens and experts on one axis rows are
+exchanged; a rank without tokens of its own there takes its experts' share; along the width of an expert rows are gathered.
+The way back is the transpose of the way in, so it is never written down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fmegatron.sharding.collectives import AllGather, Op, Psum
+from fmegatron.sharding.placement import Placement
+from fmegatron.sharding.relayout import plan_relayout, run
+
+if TYPE_CHECKING:
+    from fmegatron.sharding import Sharding
+    from fmegatron.sharding.sharding import Layout
+
+Form = Literal["gather", "padded", "ragged"]
+Static = Callable[[Tensor], Tensor]  # rows [experts here, slots, d] -> the same
+Grouped = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # rows [n, d], counts, whose each is, scale [n] -> [n, d]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The collectives of a dispatch. tokens: those that gather tokens [t, d]; rows: from [experts, slots, d] of a rank's
+    tokens to those of its experts; partial: what is summed over ranks at the end; experts: the axes of `expert`."""
+
+    tokens: tuple[Op, ...]
+    rows: tuple[Op, ...]
+    partial: tuple[Op, ...]
+    experts: tuple[str, ...]
+
+
+def plan_ways(layout: Layout) -> Ways:
+    """From where the rules put tokens and experts. Raises ValueError where features of a token lie over an axis."""
+    at_tokens, at_experts = layout.placement(("batch", "seq", "embed")), layout.placement(("expert", "expert_mlp"))
+    if over := at_tokens.of("embed"):
+        raise ValueError(f"embed lies over mesh axes {', '.join(over)}: experts take whole tokens, drop that rule")
+    experts, width = at_experts.axes
+    tokens = (*at_tokens.of("batch"), *at_tokens.of("seq"))
+    moved, wide = [a for a in experts if a in tokens], [a for a in width if a in tokens]
+    rest = [a for a in tokens if a not in experts and a not in wide]
+    mesh = layout.mesh
+    dims = ("expert", "slot", "embed")
+    source = Placement(dims, ((), (*rest, *wide, *reversed(moved)), ()))
+    target = Placement(dims, (experts, tuple(rest), ()))
+    return Ways(
+        tokens=tuple(AllGather(mesh[a], 0) for a in (*moved, *wide)),
+        rows=plan_relayout(mesh, source, target),
+        partial=tuple(Psum(mesh[a]) for a in (*experts, *width) if a not in tokens),
+        experts=experts,
+    )
+
+
+def back(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The transpose of a way."""
+    return tuple(op.transpose for op in reversed(ops))
+
+
+def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int:
+    """Rows that an expert takes from a rank: its even share times `factor`, rounded up, at most one a token."""
+    return min(tokens, math.ceil(tokens * top_k / experts * factor))
+
+
+def slots_of(index: Tensor, weight: Tensor, experts: int, slots: int, drop: Literal["probs", "position"]) -> Tensor:
+    """A slot among experts x slots for each choice [t, k]; what is over `slots` gets the number behind the last, and is
+    dropped: the choices of least weight, or the last ones."""
+    t, k = index.shape
+    if slots >= t:  # each token in its own
+        return index * slots + torch.arange(t, device=index.device)[:, None]
+    flat = index.reshape(-1)
+    first = weight.detach().reshape(-1).argsort(descending=True, stable=True) if drop == "probs" else None
+    order = flat.argsort(stable=True) if first is None else first[flat[first].argsort(stable=True)]
+    chosen = flat[order]
+    place = torch.arange(t * k, device=index.device) - torch.searchsorted(chosen, chosen)
+    place = torch.zeros_like(place).scatter(0, order, place).reshape(t, k)
+    return torch.where(place < slots, index * slots + place, experts * slots)
+
+
+def permute(x: Tensor, slot: Tensor, n: int) -> Tensor:
+    """x [t, d] to its slots [t, k] among n, zeros where nothing goes: [n, d]."""
+    t, k = slot.shape
+    token = torch.arange(t, device=x.device)[:, None].expand(t, k).reshape(-1)
+    source = slot.new_full((n + 1,), t).scatter(0, slot.reshape(-1), token)
+    return torch.cat([x, torch.zeros_like(x[:1])]).index_select(0, source[:n])
+
+
+def unpermute(rows: Tensor, slot: Tensor, weight: Tensor) -> Tensor:
+    """Rows [n, d] back from slots [t, k], times weight [t, k] and added up: [t, d]. The transpose of `permute`, at weight 1."""
+    found = torch.cat([rows, torch.zeros_like(rows[:1])]).index_select(0, slot.reshape(-1)).unflatten(0, slot.shape)
+    return (found * weight[..., None].to(rows.dtype)).sum(1)
+
+
+def ways_of(sh: Sharding) -> Ways:
+    """The ways under a sharding, planned once."""
+    memo = sh.layout.memo
+    if "dispatch" not in memo:
+        memo["dispatch"] = plan_ways(sh.layout)
+    ways: Ways = memo["dispatch"]
+    return ways
+
+
+def padded(
+    sh: Sharding, ways: Ways, x: Tensor, weight: Tensor, slot: Tensor, experts: int, slots: int, f: Static
+) -> Tensor:
+    """Through slots: x [t, d] at slot [t, k] of experts x slots, and back with weight [t, k]."""
+    rows = permute(x, slot, experts * slots).unflatten(0, (experts, slots))
+    y = run(f(run(rows, sh.rank, ways.rows)), sh.rank, back(ways.rows))
+    return run(unpermute(y.flatten(0, 1), slot, weight), sh.rank, ways.partial)
+
+
+def local(x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped) -> Tensor:
+    """Where tokens and all experts are here: rows sorted by expert, grouped products, and back."""
+    t, k = index.shape
+    expert, order = index.reshape(-1).sort(stable=True)
+    counts = expert.new_zeros(experts).scatter_add(0, expert, torch.ones_like(expert))
+    rows = x.index_select(0, order // k)
+    y = f(rows, counts, expert, weight.reshape(-1).index_select(0, order))
+    home = torch.empty_like(order).scatter(0, order, torch.arange(t * k, device=order.device))
+    return y.index_select(0, home).unflatten(0, (t, k)).sum(1)

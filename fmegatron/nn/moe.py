@@ -1,0 +1,138 @@
+"""A mixture of experts in place of a feed-forward block: router, routed experts, and experts that every token shares.
+
+    y = sum_j w_j expert_j(x)  (+ sigmoid(x g) shared(x))          latent: up(sum_j w_j expert_j(down(x)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from fmegatron.nn import dispatch, experts, mlp, router
+from fmegatron.nn.mlp import Mlp
+from fmegatron.nn.param import Init, Param
+from fmegatron.nn.router import Router, hits
+from fmegatron.transforms import compiling, inside_transform
+
+if TYPE_CHECKING:
+    from fmegatron.sharding import Sharding
+
+DOWN = "batch seq embed, embed expert_latent -> batch seq expert_latent"
+UP = "batch seq expert_latent, expert_latent embed -> batch seq embed"
+
+
+@dataclass(frozen=True)
+class Moe(Router):
+    """The block, and which layers have it; the router's fields come first."""
+
+    mlp: int | None = None  # width of an expert; None: that of a dense layer
+    shared: int = 0  # width of the experts that every token shares, together
+    shared_gate: bool = False
+    latent: int | None = None  # routed experts work on so many features
+    first_dense: int = 0  # layers without experts at the start
+    layers: int | tuple[bool, ...] = 1  # n: one of n layers has experts, the first of each; or a flag for each layer
+    capacity: float | None = None  # an expert takes so many times its even share of a rank's tokens; None: all
+    drop: Literal["probs", "position"] = "probs"  # what is over: the choices of least weight, or the last
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate without shared experts: give their width, shared")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f"capacity = {self.capacity}: it is a factor of the even share, like 1.25")
+
+    def at(self, layer: int) -> bool:
+        """Whether a layer, from 0, has experts."""
+        if isinstance(self.layers, int):
+            return layer >= self.first_dense and (layer - self.first_dense) % self.layers == 0
+        return self.layers[layer]
+
+    def sizes(self, mlp: int) -> dict[str, int]:
+        """Named sizes; mlp: the width of a dense layer."""
+        sizes = {"expert": self.experts, "router_expert": self.experts, "expert_mlp": self.mlp or mlp}
+        sizes |= {"shared_mlp": self.shared} if self.shared else {}
+        return sizes | ({"expert_latent": self.latent} if self.latent else {})
+
+
+def own(number: int) -> tuple[tuple[str, str], ...]:
+    """(name inside, name outside) of a layer's own values: what a router has chosen."""
+    return (("route", f"route.{number}"),)
+
+
+def renumbered(reads: Sequence[str], number: int) -> tuple[str, ...]:
+    """What a layer reads, of another number."""
+    return tuple(f"route.{number}" if name.startswith("route.") else name for name in reads)
+
+
+def experts_of(table: Mapping[str, Any], base: Moe | None = None) -> Moe:
+    """The block of a table of its fields, as TOML and JSON give them; base: one with the others."""
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
+    if unknown := [name for name in given if name not in Moe.__dataclass_fields__]:
+        raise ValueError(f"moe has no setting {unknown[0]!r}, known are {', '.join(Moe.__dataclass_fields__)}")
+    return Moe(**given) if base is None else replace(base, **given)
+
+
+def declare(moe: Moe, kind: Mlp, inner: Init, outer: Init) -> dict[str, Any]:
+    """Its weights: `inner` fills the projections up, `outer` those back into the residual stream."""
+    width = "expert_latent" if moe.latent else "embed"
+    p: dict[str, Any] = {"router": router.declare(moe, inner), "experts": experts.declare(kind, inner, outer, width)}
+    if moe.latent:
+        p |= {"latent_down": Param("embed expert_latent", inner), "latent_up": Param("expert_latent embed", outer)}
+    if moe.shared:
+        p["shared"] = mlp.declare(kind, inner, outer, "shared_mlp")
+        p |= {"shared_gate": Param("embed", inner, decay=True)} if moe.shared_gate else {}
+    return p
+
+
+def apply(
+    sh: Sharding, moe: Moe, kind: Mlp, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[batch, seq, embed] -> the same, and the router's loss terms; taps a layer's load, entropy, dropped choices."""
+    routing = router.apply(sh, moe, p["router"], x, v, key)
+    inside = sh.einsum(DOWN, x, p["latent_down"]) if moe.latent else x
+    y = routed(sh, moe, kind, p["experts"], inside, routing.chosen, routing.weight)
+    if moe.latent:
+        y = sh.einsum(UP, y, p["latent_up"])
+    monitor(sh, moe, routing)
+    if moe.shared:
+        extra = mlp.apply(sh, kind, p["shared"], x, "shared_mlp")
+        if moe.shared_gate:
+            extra = extra * sh.einsum("batch seq embed, embed -> batch seq", x, p["shared_gate"]).sigmoid()[..., None]
+        y = y + extra
+    return y, routing.terms
+
+
+def routed(sh: Sharding, moe: Moe, kind: Mlp, p: dict[str, Any], x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Tokens x [batch, seq, d] through the experts index [batch, seq, k], each result times its weight."""
+    shape, t = x.shape, x.shape[0] * x.shape[1]
+    x, index, weight = x.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1)
+    ways = dispatch.ways_of(sh)
+    alone = not (ways.rows or ways.partial)
+    if alone and moe.capacity is None and not inside_transform() and (not compiling() or experts.traceable(x)):
+        y = dispatch.local(x, index, weight, moe.experts, partial(experts.grouped, kind, p))
+        slot, slots = None, t
+    else:
+        slots = t if moe.capacity is None else dispatch.capacity(t, moe.top_k, moe.experts, moe.capacity)
+        slot = dispatch.slots_of(index, weight, moe.experts, slots, moe.drop)
+        y = dispatch.padded(sh, ways, x, weight, slot, moe.experts, slots, partial(experts.batched, kind, p))
+    if kind.bias:
+        kept = weight if slot is None else weight * (slot < moe.experts * slots)
+        width = "expert_latent" if moe.latent else "embed"
+        table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}")
+        y = y + weight.new_zeros(t, moe.experts).scatter(1, index, kept).to(y.dtype) @ table
+    if slot is not None and slots < t and sh.taps is not None:
+        sh.tap("experts/{layer}.dropped", (slot == moe.experts * slots).unflatten(0, shape[:2]).double(), "batch seq top")
+    return y.unflatten(0, shape[:2])
+
+
+def monitor(sh: Sharding, moe: Moe, routing: router.Routing) -> None:
+    """Tap the load of each expert, and the entropy of the scores in nats, summed over tokens."""
+    if sh.taps is None:
+        return
+    s = routing.scores
+    sh.tap("experts/{layer}.load", hits(s, routing.chosen), "batch seq router_expert", keep="router_expert")
+    sh.tap("experts/{layer}.entropy", -(s * (s + 1e-20).log()).sum(-1), "batch seq")
