@@ -225,10 +225,7 @@ class Sharding:
 
     # -- terms, statistics, recomputation -----------------------------------------------------------------------------
     def total(self, x: Tensor, names: str, keep: str = "") -> Tensor:
-        """The local part of the global sum of a tensor over all dims but `keep`: 0-D, or [keep].
-
-        Replicated copies are counted once, so the ranks' parts add up.
-        """
+        """The local part of a global sum, over all dims but `keep`: copies are counted once, so the ranks' parts add up."""
         dims = [dim for dim, name in enumerate(names.split()) if name != keep]
         return self._once(x.sum(dims) if keep else x.sum(), names)
 
@@ -241,8 +238,8 @@ class Sharding:
     def tap(self, name: str, x: Tensor, names: str, op: str = "sum", keep: str = "") -> None:
         """Leave a statistic of all elements, everywhere, for aux; no gradient, free when taps are off.
 
-        op: "sum" (which may `keep` a dim), "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that taps; a name
-        without is added up, or compared, over all of them.
+        op: "sum" (may `keep` a dim), "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that
+        taps; a name without is added up, or compared, over all of them.
         """
         if self.taps is not None and op == "moments":
             whole_rows = not self.placement(names).axes[-1]
