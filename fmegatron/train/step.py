@@ -285,8 +285,7 @@ def step_on_rank(
     if sh.watch:
         metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, params, opt_state)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
-    params = add_moves(model, plan.leaves, params, metrics, ok, sh)
-    params = to_storage(plan.leaves, params, sh)
+    params = to_storage(plan.leaves, add_moves(model, plan.leaves, params, metrics, ok, sh), sh)
     new = TrainState(
         step=state.step + ok.long(),
         params=params,
