@@ -28,9 +28,10 @@ from fmegatron.optim import Transform
 from fmegatron.sharding import Sharding, abstract_mesh
 from fmegatron.sharding.traffic import Event, Traffic, counted
 from fmegatron.train import setup
-from fmegatron.train.explanation import Explanation, LeafRow
+from fmegatron.train.explanation import Explanation, LeafRow, Staged
 from fmegatron.train.leaves import Leaf
-from fmegatron.train.rehearsal import local_shape, rehearse
+from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
+from fmegatron.train.rehearsal import Rehearsal, local_shape, rehearse
 from fmegatron.train.step import Plan
 from fmegatron.train.weights import node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
@@ -61,20 +62,65 @@ def explain(
     sh = replace(sharding, mesh=mesh)
     settings |= {"microbatches": microbatches, "remat": remat, "dtype": dtype, "prefetch": prefetch}
     practice = rehearse(model, sh, Remembered(traffic), batch=batch, tx=tx, fields=fields, **settings)
-    plan, opt_state = practice.plan, practice.opt_state
+    return _explanation(practice, traffic, batch, remat, dtype)
+
+
+def explain_stages(
+    model: Model,
+    sharding: Sharding,
+    pipeline: Pipeline,
+    tx_of: Callable[[Model], Transform],
+    *,
+    batch: tuple[int, int],
+    remat: str = "none",
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Staged:
+    """Explain one train step on a mesh with an axis pp, for each of its ranks: the leaves and the traffic of its stages.
+
+    tx_of: the optimizer of a model's stages. The others: see `explain`. One rehearsal of all stages in one process tells what
+    they hand on; then each rank's own step runs without the others. Raises ValueError where a schedule splits backwards.
+    """
+    schedule = pipeline.schedule
+    if schedule.splits:
+        raise ValueError(f"explain: schedule {schedule.name} splits backwards, which a rehearsal cannot: use 1f1b")
+    settings |= {"batch": batch, "remat": remat, "dtype": dtype, "pipeline": pipeline}
+    flat = {axis: n for axis, n in sharding.mesh.sizes.items() if axis != "pp"}
+    mesh, traffic = counted(abstract_mesh(**flat))
+    whole = rehearse(model, replace(sharding, mesh=mesh), Remembered(traffic), tx=tx_of(model), **settings)
+    whole.step()
+    assert whole.plan.placed is not None
+    known, found = {key: whole.plan.placed.memo[key] for key in ("specs", "taps")}, []
+    for rank in range(schedule.ranks):
+        mesh, traffic = counted(abstract_mesh(**sharding.mesh.sizes))
+        mesh = replace(mesh, rank=rank * mesh["pp"].stride)
+        own = place_pipeline(pipeline, model, mesh).model
+        here = rehearse(model, replace(sharding, mesh=mesh), Remembered(traffic), tx=tx_of(own), **settings)
+        assert here.plan.placed is not None
+        here.plan.placed.memo.update(known)
+        found.append(_explanation(here, traffic, batch, remat, dtype))
+    stages = tuple(tuple(schedule.stages_of(rank)) for rank in range(schedule.ranks))
+    return Staged(schedule.name, stages, tuple(found))
+
+
+def _explanation(
+    practice: Rehearsal, traffic: Traffic, batch: tuple[int, int], remat: str, dtype: torch.dtype | None
+) -> Explanation:
+    """What a rehearsed step holds and sends."""
+    plan = practice.plan
     traffic.clear()
     practice.step()
-    leaves = _explain_leaves(plan, opt_state, dtype or torch.float32)
+    leaves = _explain_leaves(plan, practice.opt_state, dtype or torch.float32)
     return Explanation(
-        mesh=mesh.sizes,
-        rules=sh.rules.name,
+        mesh=traffic.sizes,
+        rules=plan.sh.rules.name,
         batch=batch,
-        microbatches=microbatches,
+        microbatches=plan.microbatches,
         remat=remat,
-        parameters=model.count(),
+        parameters=plan.model.count(),
         leaves=leaves,
         collectives=tuple(traffic.rows()),
-        per_rank=_totals(plan, leaves, opt_state),
+        per_rank=_totals(plan, leaves, practice.opt_state),
     )
 
 
@@ -198,26 +244,28 @@ def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str,
 def main(config: RunConfig, json: bool = False) -> None:
     """`fmegatron explain`: print the explanation of a run's step. The mesh may be larger than this machine."""
     sizes = {axis: n for axis, n in config.mesh.sizes.items() if n != 1}
-    if "pp" in sizes:
-        raise configs.ConfigError(f"mesh.pp = {sizes['pp']}: explain is for one stage; see plan, or explain --pipeline")
     if -1 in sizes.values():
         others = math.prod(n for n in sizes.values() if n != -1)
         sizes["dp"] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)
     model = model_from(config)
     fields = {key: names for key, names in NAMES.items() if key != "documents" or config.data.document_mask}
-    t = config.training
-    explanation = explain(
-        model,
-        Sharding(abstract_mesh(**sizes), setup.rules_of(config.sharding)),
-        batch=(t.global_batch, config.data.seq),
-        microbatches=t.microbatches,
-        remat=t.remat,
-        dtype=setup.dtype_of(config),
-        tx=setup.optimizer_of(config, model, setup.schedule_of(config)),
-        fields=fields,
-        prefetch=t.prefetch,
-        **setup.data_axes_of(config),
-    )
+    t, sh = config.training, Sharding(abstract_mesh(**sizes), setup.rules_of(config.sharding))
+    shared: dict[str, Any] = {
+        "batch": (t.global_batch, config.data.seq),
+        "remat": t.remat,
+        "dtype": setup.dtype_of(config),
+        "fields": fields,
+        "prefetch": t.prefetch,
+    } | setup.data_axes_of(config)
+
+    def tx_of(own: Model) -> Transform:
+        return setup.optimizer_of(config, with_stages(model, own), setup.schedule_of(config))
+
+    explanation: Explanation | Staged
+    if (pipeline := setup.pipeline_of(config, model)) is None:
+        explanation = explain(model, sh, tx=tx_of(model), microbatches=t.microbatches, **shared)
+    else:
+        explanation = explain_stages(model, sh, pipeline, tx_of, **shared)
     print(explanation.json() if json else explanation)
 
 

@@ -62,3 +62,23 @@ class Explanation:
         blank = [""] if notes else []
         leaves = columns(cells, len(places) + 2)
         return "\n".join([head, "", *leaves, "", *notes, *blank, f"bytes a rank: {totals}", "", *sent])
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A step on a mesh with an axis pp: the explanation of each rank of pp, and the numbers of its stages."""
+
+    schedule: str
+    stages: tuple[tuple[int, ...], ...]
+    ranks: tuple[Explanation, ...]
+
+    def json(self) -> str:
+        """One JSON object, with the fields of this class."""
+        return json_module.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        parts = []
+        for rank, (numbers, own) in enumerate(zip(self.stages, self.ranks, strict=True)):
+            which = f"stage{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+            parts.append(f"-- rank {rank} of pp, {which} of {self.schedule} --\n{own}")
+        return "\n\n".join(parts)

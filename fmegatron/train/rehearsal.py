@@ -58,7 +58,7 @@ def rehearse(
     plan = replace(plan_step(model, sh, **settings), compiled=engine)
     tx = optim.adamw(1e-3) if tx is None else tx
     shapes = {path: local_shape(sh, leaf, leaf.storage) for path, leaf in plan.leaves.items()}
-    params = tree.map_with_path(lambda path, _: _empty(shapes[path]), model.declare)
+    params = tree.map_with_path(lambda path, _: _empty(shapes[path]), plan.model.declare)
     data = {key: shard(sh, _empty((rows, seq)[: len(names.split())], _dtype(key)), names) for key, names in fields.items()}
     with torch.no_grad():
         held = spmd(plan.sh, lambda here: to_optimizer(plan.leaves, params, here))()

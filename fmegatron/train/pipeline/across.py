@@ -14,7 +14,7 @@ from fmegatron.models.model import Node, Values
 from fmegatron.train.chain import Step
 from fmegatron.train.pipeline.executor import Execution, plan_visits
 from fmegatron.train.pipeline.stages import Placed
-from fmegatron.train.pipeline.transports import Local, PointToPoint, Transport
+from fmegatron.train.pipeline.transports import Imagined, Local, PointToPoint, Transport, imagine
 from fmegatron.train.remat import Remat
 from fmegatron.train.taps import nothing
 from fmegatron.train.weights import Weights
@@ -23,9 +23,12 @@ from fmegatron.tree import Tree
 
 def transport_of(placed: Placed) -> Transport:
     """How this process's stages reach the others."""
+    specs = placed.memo.setdefault("specs", {})
     if placed.rank is None:
-        return Local()
-    return PointToPoint(placed.mesh, placed.schedule.rank_of, placed.memo.setdefault("specs", {}))
+        return Local(specs)
+    if placed.mesh.kind == "abstract":
+        return Imagined(placed.mesh, specs)
+    return PointToPoint(placed.mesh, placed.schedule.rank_of, specs)
 
 
 def execute(
@@ -63,6 +66,9 @@ def sum_shared(placed: Placed, grads: Tree) -> Tree:
         if placed.rank not in ranks:
             continue
         mine = values[path].contiguous()
+        if placed.mesh.kind == "abstract":
+            imagine(placed.mesh, [mine] * (len(ranks) - 1))
+            continue
         found = {rank: torch.empty_like(mine) for rank in ranks if rank != placed.rank}
         ops = []
         for rank, x in found.items():
@@ -81,6 +87,7 @@ def everywhere(
     """Losses and taps under one set of names on all stages: where a stage has none, what adds nothing. watch: what was
     tapped, which says the names."""
     if placed.rank is None:
+        placed.memo["taps"] = sorted(taps)
         return losses, taps
     some = next(iter(counts.values()))
     losses = {f"loss.{term}": losses.get(f"loss.{term}", torch.zeros_like(some)) for term in counts}

@@ -9,7 +9,7 @@ A payload is named tensors and the names among them that depend on parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -43,15 +43,24 @@ def receiver(action: Action) -> Action:
     return replace(action, stage=action.stage + (1 if forward else -1), kind="RECV_F" if forward else "RECV_B")
 
 
-class Local:
-    """All ranks in one process: a payload is handed on as it is."""
+def spec_of(payload: Payload) -> Spec:
+    """Names, shapes and dtypes of a payload, and whether each depends on parameters."""
+    values, moving = payload
+    return [(name, tuple(x.shape), x.dtype, name in moving) for name, x in values.items()]
 
-    def __init__(self) -> None:
+
+class Local:
+    """All ranks in one process: a payload is handed on as it is; `specs` notes its shapes."""
+
+    def __init__(self, specs: dict[Any, Spec]) -> None:
         self.box: dict[Action, Payload] = {}
+        self.specs = specs
 
     def send(self, action: Action, payload: Payload, shapes: Hashable) -> None:
         """Lay it ready."""
-        self.box[receiver(action)] = payload
+        to = receiver(action)
+        self.box[to] = payload
+        self.specs[to.kind, to.stage, shapes] = spec_of(payload)
 
     def receive(self, action: Action, shapes: Hashable) -> Callable[[], Payload]:
         """It is there."""
@@ -63,6 +72,37 @@ class Local:
     def finish(self) -> None:
         """All that was sent was taken."""
         assert not self.box, f"never received: {', '.join(map(str, self.box))}"
+
+
+class Imagined:
+    """One rank of a mesh without peers: what comes has the shapes of `specs`, what goes is reported by the axis's transport."""
+
+    def __init__(self, mesh: Mesh, specs: dict[Any, Spec]) -> None:
+        self.mesh, self.specs = mesh, specs
+
+    def send(self, action: Action, payload: Payload, shapes: Hashable) -> None:
+        """Report it, one permute a tensor."""
+        imagine(self.mesh, payload[0].values())
+
+    def receive(self, action: Action, shapes: Hashable) -> Callable[[], Payload]:
+        """Tensors without values."""
+        spec = self.specs[action.kind, action.stage, shapes]
+        values = {name: torch.empty(shape, dtype=dtype, device=self.mesh.device) for name, shape, dtype, _ in spec}
+        return lambda: (values, frozenset(name for name, _, _, moves in spec if moves))
+
+    def flush(self) -> None:
+        """Nothing is on its way."""
+
+    def finish(self) -> None:
+        """Nobody waits."""
+
+
+def imagine(mesh: Mesh, values: Iterable[Tensor]) -> None:
+    """Report tensors that go to another stage."""
+    axis = mesh["pp"]
+    for x in values:
+        rank = torch.empty((), dtype=torch.int64, device=mesh.device)
+        axis.transport.wait(axis.transport.permute(x, axis, rank, tuple(range(axis.size))))
 
 
 class PointToPoint:
@@ -85,11 +125,11 @@ class PointToPoint:
 
     def send(self, action: Action, payload: Payload, shapes: Hashable) -> None:
         """Queue it; a header at once where the shapes are new."""
-        to, (values, moving) = receiver(action), payload
+        to, values = receiver(action), payload[0]
         key = (to.kind, to.stage, shapes)
         if key not in self.specs:
             self.flush()
-            spec = [(name, tuple(x.shape), x.dtype, name in moving) for name, x in values.items()]
+            spec = spec_of(payload)
             dist.send_object_list([spec], self.peer(to.stage))
             self.specs[key] = spec
         for name, _, _, _ in self.specs[key]:
