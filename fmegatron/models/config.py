@@ -58,6 +58,8 @@ class Config:
     # mlp
     activation: str = "swiglu"
     mlp_bias: bool = False
+    glu_limit: float | None = None  # of gated kinds: the gate is at most it, the other projection within +- it
+    glu_offset: float = 0.0  # and is added to that other projection
     moe: Moe | None = None  # experts in place of the mlp, in the layers that it says
     # norms
     norm: Literal["rms", "layer"] = "rms"
@@ -167,7 +169,7 @@ class Config:
     @property
     def block_mlp(self) -> Mlp:
         """The feed-forward block."""
-        return Mlp(self.activation, self.mlp_bias)
+        return Mlp(self.activation, self.mlp_bias, self.glu_limit, self.glu_offset)
 
     @property
     def head(self) -> Loss:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from fmegatron import files, tensorfile, tree
 from fmegatron.models import layers
 from fmegatron.models.gpt import gpt
 from fmegatron.models.hf_configs import config_of, describe
-from fmegatron.models.hf_families import ENTRIES, EXTRA, Entry, true_sizes
+from fmegatron.models.hf_entries import Entry, true_sizes
+from fmegatron.models.hf_families import ENTRIES, EXTRA, entries_of
 from fmegatron.models.model import Model
 from fmegatron.sharding import SINGLE, Sharding
 from fmegatron.sharding.chunks import Chunks
@@ -82,7 +84,21 @@ def model_of(folder: Path, vocab_pad: int = 1) -> tuple[Model, str]:
     c = json.loads((folder / "config.json").read_text())
     if c.get("model_type") not in ENTRIES:
         raise ValueError(f"{folder}: model_type {c.get('model_type')!r} is not supported, only {', '.join(ENTRIES)}")
-    return gpt(replace(config_of(c), vocab_pad=vocab_pad)), c["model_type"]
+    config = replace(config_of(c), vocab_pad=vocab_pad)
+    if config.mtp and not _has(folder, f"model.layers.{config.layers}.eh_proj.weight"):
+        config = replace(config, mtp=0)  # transformers says that there are such modules, and saves none
+    return gpt(config), c["model_type"]
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Whether a tensor is among the folder's files; without weights, as the config says."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return name in json.loads(index.read_text())["weight_map"]
+    if not single.is_file():
+        return True
+    with safe_open(single, framework="pt") as file:
+        return name in file.keys()  # noqa: SIM118
 
 
 class Files:
@@ -105,8 +121,11 @@ class Files:
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """A box of a tensor; only its bytes are read."""
         name = self._own(name)
-        self.unread.discard(name)
         return self.where[name].get_slice(name)[slices]
+
+    def known(self, name: str) -> None:
+        """Note that a tensor has its place in the model, whichever process reads it."""
+        self.unread.discard(self._own(name))
 
     def _own(self, name: str) -> str:
         name = name if name in self.where else name.removeprefix("transformer.")  # GPT-2's own files have no prefix
@@ -116,19 +135,23 @@ class Files:
 
 
 def fill(path: str, chunks: Chunks, family: str, tensors: Files, model: Model) -> None:
-    """Fill one layer's leaf's boxes from their file."""
-    entry, number, part = entry_of(path, family)
-    name, sizes = entry.theirs.format(number), true_sizes(model.sizes)
-    names = names_by_layer(model)[path]
-    expected = entry.shape(sizes)
-    if (found := tensors.shape(name)) != expected:
-        raise ValueError(f"{name} has shape {found}, but this config asks for {expected} ({entry.layout})")
+    """Fill one layer's leaf's boxes from their files."""
+    entry, number, part = entry_of(path, family, model)
+    sizes, names = true_sizes(model.sizes), names_by_layer(model)[path]
+    every, expected = entry.named(number, sizes), entry.shape(sizes)
+    for name in every:
+        if (found := tensors.shape(name)) != expected:
+            raise ValueError(f"{name} has shape {found}, but this config asks for {expected} ({entry.layout})")
+        tensors.known(name)
     for offsets, piece in chunks.pieces:
-        if piece.numel():
-            box = {n: (at, at + size) for n, at, size in zip(names, offsets, piece.shape, strict=True)}
-            piece.copy_(entry.cut(lambda slices: tensors.read(name, slices), names, box, part, sizes))
-    if not any(piece.numel() for _, piece in chunks.pieces):
-        tensors.unread.discard(name)
+        if not piece.numel():
+            continue
+        boxes, inner = [(every[0], offsets, piece)], names
+        if entry.by_expert:
+            boxes, inner = [(every[offsets[0] + i], offsets[1:], x) for i, x in enumerate(piece)], names[1:]
+        for name, starts, x in boxes:
+            box = {n: (at, at + size) for n, at, size in zip(inner, starts, x.shape, strict=True)}
+            x.copy_(entry.cut(partial(tensors.read, name), inner, box, part, sizes))
 
 
 def names_by_layer(model: Model) -> dict[str, tuple[str, ...]]:
@@ -140,13 +163,14 @@ def names_by_layer(model: Model) -> dict[str, tuple[str, ...]]:
     }
 
 
-def entry_of(path: str, family: str) -> tuple[Entry, int, int]:
+def entry_of(path: str, family: str, model: Model) -> tuple[Entry, int, int]:
     """The entry that holds a leaf, the layer's number (0 outside of layers), and which part of its tensor the leaf is."""
     number, pattern = 0, path
     if any(part.isdigit() for part in path.split(".")):
         before, number, after = layers.split_run(path)
-        pattern = f"{before}.{after}"
-    entry = next((entry for entry in ENTRIES[family] if pattern in entry.leaves), None)
+        pattern, number = f"{before}.{after}", number + (model.config.layers if before == "mtp" else 0)
+    table = entries_of(family, true_sizes(model.sizes))
+    entry = next((entry for entry in reversed(table) if pattern in entry.leaves), None)
     if entry is None:
         raise ValueError(f"{path} has no counterpart in a Hugging Face model of family {family}")
     return entry, number, entry.leaves.index(pattern)
@@ -218,20 +242,25 @@ def their_tensors(
     """{their name: the tensor, made on demand}, in the model's order."""
     sizes, names = true_sizes(model.sizes), names_by_layer(model)
     members: dict[str, list[str]] = {}
-    found: dict[str, Entry] = {}
+    found: dict[str, tuple[Entry, int]] = {}
     for path in names:
-        entry, number, part = entry_of(path, family)
-        name = entry.theirs.format(number)
-        found[name] = entry
-        members.setdefault(name, [""] * len(entry.leaves))[part] = path
+        entry, number, part = entry_of(path, family, model)
+        for expert, name in enumerate(entry.named(number, sizes)):
+            found[name] = entry, expert
+            members.setdefault(name, [""] * len(entry.leaves))[part] = path
+    of_experts = lru_cache(maxsize=3)(lambda path: leaves[path][1]())  # a layer's three, while its experts are written
 
     def tensor(name: str) -> Lazy:
-        entry, paths = found[name], members[name]
+        (entry, expert), paths = found[name], members[name]
         assert all(paths), f"{name}: a part of it is no leaf of this model"
         kept = dtype or leaves[paths[0]][0]
 
         def make() -> Tensor:
-            return entry.join([leaves[path][1]() for path in paths], [names[path] for path in paths], sizes).to(kept)
+            if entry.by_expert:
+                whole, dims = [of_experts(path)[expert] for path in paths], [names[path][1:] for path in paths]
+            else:
+                whole, dims = [leaves[path][1]() for path in paths], [names[path] for path in paths]
+            return entry.join(whole, dims, sizes).to(kept)
 
         return Lazy(tuple(entry.shape(sizes)), kept, make)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from fmegatron.models import hf_moe
 from fmegatron.models.config import Config, chosen
 from fmegatron.models.hf_rope import describe_rope, rope_fields
 
@@ -80,7 +81,7 @@ def llama_config(c: Mapping[str, Any]) -> Config:
         attention_bias=bias,
         attention_out_bias=bias and not qwen2,
         mlp_bias=bool(c.get("mlp_bias", False)),
-        qk_norm="norm" if kind == "qwen3" else "none",
+        qk_norm="norm" if kind in ("qwen3", "qwen3_moe") else "none",
         norm_eps=c["rms_norm_eps"],
         tied=bool(c.get("tie_word_embeddings", gemma)),
         attention_dropout=c.get("attention_dropout", 0.0),
@@ -117,7 +118,12 @@ def gpt2_config(c: Mapping[str, Any]) -> Config:
 
 def config_of(c: Mapping[str, Any]) -> Config:
     """Our config of a config.json. Raises ValueError naming a setting that is not supported."""
-    return gpt2_config(c) if c["model_type"] == "gpt2" else llama_config(c)
+    if c["model_type"] == "gpt2":
+        return gpt2_config(c)
+    if c["model_type"] not in hf_moe.FAMILIES:
+        return llama_config(c)
+    refuse(c, **hf_moe.EXPECTED[c["model_type"]])
+    return hf_moe.with_experts(llama_config(hf_moe.as_dense(c)), c)
 
 
 # -- out ------------------------------------------------------------------------------------------------------------
@@ -129,16 +135,23 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 TRAINING = (  # what a model computes at inference does not depend on these
     "vocab_pad", "label_smoothing", "z_loss", "loss_chunks", "embed_dropout", "attention_dropout", "hidden_dropout",
-    "init_std", "init_scaled")  # fmt: skip
+    "init_std", "init_scaled", "mtp_weight")  # fmt: skip
 SPOKEN = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}  # the first of their names for it
 UNGATED = {gated: plain for plain, gated in GATED.items()}
 
 
 def family_of(c: Config) -> str:
     """The Hugging Face family that may hold a model; `describe` checks that it does."""
+    if c.moe is not None:
+        return hf_moe.family_with_experts(c)
     if c.norm == "layer" or c.positions == "learned":
         return "gpt2"
     if c.norm_centred:
@@ -159,6 +172,7 @@ def describe(c: Any) -> dict[str, Any]:
         raise ValueError("a model of your own has no config that a Hugging Face family knows")
     family = family_of(c)
     plain = describe_gpt2(c) if family == "gpt2" else describe_llama(c, family)
+    plain |= hf_moe.describe_experts(c, family) if c.moe is not None else {}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     plain = {"architectures": [ARCHITECTURES[family]], "model_type": family} | plain | ends
     back, ours = _meaning(config_of(plain)), _meaning(c)
@@ -182,13 +196,17 @@ def _meaning(c: Config) -> Config:
         window=None if all(windows) else c.window,
         no_window=windows,
         no_rope=tuple(chosen(c.no_rope, i) for i in range(c.layers)),
+        v_hd=None if c.latent is None else c.latent.v_hd,
+        moe=hf_moe.meaning_of(c),
+        # a dense width that no layer has
+        mlp=c.mlp if c.moe is None or not all(c.moe.at(i) for i in range(c.layers)) else 0,
         **reset,  # type: ignore[arg-type]
     )
 
 
 def describe_llama(c: Config, family: str) -> dict[str, Any]:
     """The inverse of `llama_config`."""
-    act = SPOKEN.get(UNGATED.get(c.activation, ""), "")
+    act = "silu" if family == "gpt_oss" else SPOKEN.get(UNGATED.get(c.activation, ""), "")
     if c.activation == "geglu_tanh" and family.startswith("gemma"):
         act = "gelu_pytorch_tanh"
     if not act:
@@ -220,7 +238,7 @@ def describe_llama(c: Config, family: str) -> dict[str, Any]:
         plain |= {"attn_logit_softcapping": c.attention_softcap, "final_logit_softcapping": c.logit_softcap}
     if family != "llama":
         plain["sliding_window"] = c.window
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         plain["use_sliding_window"] = c.window is not None
     if c.window is not None and family != "mistral":
         whole = [chosen(c.no_window, i) for i in range(c.layers)]

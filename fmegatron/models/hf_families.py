@@ -1,108 +1,18 @@
 """Hugging Face families as data: an entry for each tensor of theirs.
 
-    ("model.layers.{}.self_attn.q_proj.weight", "(heads hd) embed", "layers.attn.q")     their name, their layout, our leaf
-
-The layout names the dims of their tensor; our leaf's declaration names the same dims in our order. Read from left to
-right an entry imports, from right to left it exports.
+Entries whose leaf a model does not declare (biases, q_norm, an untied head, experts) are left out for it; of two entries with
+one leaf the later counts.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
-import torch
-from torch import Tensor
+from fmegatron.models.hf_entries import Entry
 
-from fmegatron.sharding.placement import Sizes
+Table = tuple[Entry, ...]
 
-Ranges = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of theirs: name ({} is the layer), layout, and our leaf; several leaves lie along the dim `part`."""
-
-    theirs: str
-    layout: str
-    ours: str
-
-    @property
-    def leaves(self) -> list[str]:
-        """Our leaves in it, by paths without a layer's number."""
-        return self.ours.split()
-
-    @property
-    def groups(self) -> list[list[str]]:
-        """The names in each of their dims."""
-        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", self.layout)]
-
-    def shape(self, sizes: Mapping[str, int]) -> list[int]:
-        """The shape of their tensor."""
-        sizes = {**sizes, "part": len(self.leaves)}
-        return [math.prod(sizes[name] for name in group) for group in self.groups]
-
-    def cut(
-        self,
-        read: Callable[[tuple[slice, ...]], Tensor],
-        names: Sequence[str],
-        box: Ranges,
-        part: int,
-        sizes: Mapping[str, int],
-    ) -> Tensor:
-        """A box of our leaf number `part`, in our order of dims: `read(slices)` gives a box of their tensor.
-
-        Their dim (heads hd) is cut to the box's heads before it is read, then to its part of hd.
-        """
-        sizes = {**sizes, "part": len(self.leaves)}
-        want = {self._theirs(name): box[name] for name in names} | {"part": (part, part + 1)}
-        slices, shape, cuts = [], [], []
-        for group in self.groups:
-            start, inner, cutting = 0, math.prod(sizes[name] for name in group), True
-            length = inner
-            for name in group:
-                low, high = want[name]
-                inner //= sizes[name]
-                if cutting:  # dims of one index, then one range: together one stretch of their dim
-                    start, length = start + low * inner, (high - low) * inner
-                    cutting = high - low == 1
-                    shape.append(high - low)
-                    cuts.append(slice(None))
-                else:
-                    shape.append(sizes[name])
-                    cuts.append(slice(low, high))
-            slices.append(slice(start, start + length))
-        flat = [name for group in self.groups for name in group]
-        x = read(tuple(slices)).reshape(shape)[tuple(cuts)]
-        if "part" in flat:
-            x = x.select(flat.index("part"), 0)
-            flat.remove("part")
-        return x.permute([flat.index(self._theirs(name)) for name in names])
-
-    def join(self, parts: Sequence[Tensor], names: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Tensor:
-        """Their tensor from our leaves, whole and without pads: the inverse of `cut`."""
-        flat = [name for group in self.groups for name in group]
-        inner = [name for name in flat if name != "part"]
-        ordered = [
-            x.permute([[self._theirs(name) for name in own].index(name) for name in inner])
-            for x, own in zip(parts, names, strict=True)
-        ]
-        x = torch.stack(ordered, flat.index("part")) if "part" in flat else ordered[0]
-        return x.reshape(self.shape(sizes))
-
-    def _theirs(self, name: str) -> str:
-        """What lies in one tensor has as many heads: keys' and values' are then called heads too."""
-        return "heads" if name == "kv" and "part" in self.layout else name
-
-
-def true_sizes(sizes: Sizes) -> dict[str, int]:
-    """Named sizes without pads."""
-    return {name: size if isinstance(size, int) else size.n for name, size in sizes.items()}
-
-
-# Entries whose leaf a model does not declare (biases, q_norm, an untied head) are left out for it.
 LLAMA = (
     Entry("model.embed_tokens.weight", "vocab embed", "embed.token"),
     Entry("model.layers.{}.input_layernorm.weight", "embed", "layers.attn_norm.weight"),
@@ -156,7 +66,78 @@ GPT2 = (
     Entry("transformer.ln_f.bias", "embed", "norm.bias"),
     Entry("lm_head.weight", "vocab embed", "head.weight"),
 )
-ENTRIES = {
+MIXTRAL = (
+    *LLAMA,
+    Entry("model.layers.{}.block_sparse_moe.gate.weight", "router_expert embed", "layers.mlp.router.weight"),
+    Entry("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", "expert_mlp embed", "layers.mlp.experts.gate"),
+    Entry("model.layers.{}.block_sparse_moe.experts.{}.w3.weight", "expert_mlp embed", "layers.mlp.experts.up"),
+    Entry("model.layers.{}.block_sparse_moe.experts.{}.w2.weight", "embed expert_mlp", "layers.mlp.experts.down"),
+)
+QWEN3_MOE = (
+    *LLAMA,
+    Entry("model.layers.{}.mlp.gate.weight", "router_expert embed", "layers.mlp.router.weight"),
+    Entry("model.layers.{}.mlp.experts.{}.gate_proj.weight", "expert_mlp embed", "layers.mlp.experts.gate"),
+    Entry("model.layers.{}.mlp.experts.{}.up_proj.weight", "expert_mlp embed", "layers.mlp.experts.up"),
+    Entry("model.layers.{}.mlp.experts.{}.down_proj.weight", "embed expert_mlp", "layers.mlp.experts.down"),
+)
+LATENT = (
+    *QWEN3_MOE,
+    Entry("model.layers.{}.self_attn.q_proj.weight", "(heads hd) embed", "layers.attn.q_up"),
+    Entry("model.layers.{}.self_attn.kv_a_proj_with_mqa.weight", "kv_down embed", "layers.attn.kv_down"),
+    Entry("model.layers.{}.self_attn.kv_a_layernorm.weight", "kv_lora", "layers.attn.kv_norm.weight"),
+    Entry("model.layers.{}.self_attn.kv_b_proj.weight", "(heads kv_up) kv_lora", "layers.attn.kv_up"),
+    Entry("model.layers.{}.self_attn.o_proj.weight", "embed (heads v_hd)", "layers.attn.o"),
+    Entry("model.layers.{}.mlp.gate.e_score_correction_bias", "router_expert", "layers.mlp.router.balance"),
+    Entry("model.layers.{}.mlp.shared_experts.gate_proj.weight", "shared_mlp embed", "layers.mlp.shared.gate"),
+    Entry("model.layers.{}.mlp.shared_experts.up_proj.weight", "shared_mlp embed", "layers.mlp.shared.up"),
+    Entry("model.layers.{}.mlp.shared_experts.down_proj.weight", "embed shared_mlp", "layers.mlp.shared.down"),
+)
+LATENT_QUERIES = (
+    *LATENT,
+    Entry("model.layers.{}.self_attn.q_a_proj.weight", "q_lora embed", "layers.attn.q_down"),
+    Entry("model.layers.{}.self_attn.q_a_layernorm.weight", "q_lora", "layers.attn.q_norm.weight"),
+    Entry("model.layers.{}.self_attn.q_b_proj.weight", "(heads hd) q_lora", "layers.attn.q_up"),
+)
+GPT_OSS = (
+    *LLAMA,
+    Entry("model.layers.{}.self_attn.sinks", "heads", "layers.attn.sink"),
+    Entry("model.layers.{}.mlp.router.weight", "router_expert embed", "layers.mlp.router.weight"),
+    Entry("model.layers.{}.mlp.router.bias", "router_expert", "layers.mlp.router.bias"),
+    Entry(
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        "expert embed (expert_mlp part)",
+        "layers.mlp.experts.gate layers.mlp.experts.up",
+    ),
+    Entry(
+        "model.layers.{}.mlp.experts.gate_up_proj_bias",
+        "expert (expert_mlp part)",
+        "layers.mlp.experts.gate_bias layers.mlp.experts.up_bias",
+    ),
+    Entry("model.layers.{}.mlp.experts.down_proj", "expert expert_mlp embed", "layers.mlp.experts.down"),
+    Entry("model.layers.{}.mlp.experts.down_proj_bias", "expert embed", "layers.mlp.experts.down_bias"),
+)
+# Modules that predict further tokens are numbered after the layers; the published files repeat table and head in each.
+JOINS = (
+    Entry("model.layers.{}.enorm.weight", "embed", "mtp.token_norm.weight"),
+    Entry("model.layers.{}.hnorm.weight", "embed", "mtp.h_norm.weight"),
+    Entry("model.layers.{}.eh_proj.weight", "embed joined", "mtp.proj"),
+    Entry("model.layers.{}.shared_head.norm.weight", "embed", "mtp.norm.weight"),
+)
+
+
+def ahead(table: Table) -> Table:
+    """A table with the modules that look ahead: each has a layer like the others."""
+    layers = [entry for entry in table if entry.ours.startswith("layers.")]
+    return (*table, *JOINS, *(replace(entry, ours=entry.ours.replace("layers.", "mtp.layer.")) for entry in layers))
+
+
+def entries_of(family: str, sizes: Mapping[str, int]) -> Table:
+    """The table of a family's model."""
+    table = LATENT_QUERIES if family.startswith("deepseek") and "q_lora" in sizes else ENTRIES[family]
+    return ahead(table) if "joined" in sizes else table
+
+
+ENTRIES: Mapping[str, Table] = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -164,5 +145,11 @@ ENTRIES = {
     "qwen3": LLAMA,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "gpt_oss": GPT_OSS,
 }
-EXTRA = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that old files carry
+# What files carry beside: buffers of old ones, and the copies of table and head
+EXTRA = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", ".embed_tokens.weight", ".shared_head.head.weight")

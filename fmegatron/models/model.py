@@ -100,9 +100,14 @@ class Model:
         """Initial parameters on one device."""
         return param.init(self.declare, self.sizes, key, dtype)
 
-    def count(self) -> int:
-        """Number of parameters, pads left out."""
-        return param.count(self.declare, self.sizes)
+    def count(self, active: bool = False) -> int:
+        """Number of parameters, pads left out. active: those that a token meets, of experts the chosen ones."""
+        total = param.count(self.declare, self.sizes)
+        moe = getattr(self.config, "moe", None)
+        if not active or moe is None:
+            return total
+        routed = {path: p for path, p in tree.to_paths(self.declare).items() if "expert" in p.names.split()}
+        return total - param.count(routed, self.sizes) * (moe.experts - moe.top_k) // moe.experts
 
     def counts(self, batch: Mapping[str, Tensor], sh: Sharding = SINGLE) -> dict[str, Tensor]:
         """{term: local count}; the sum over ranks is the term's global denominator."""

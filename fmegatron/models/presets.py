@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fmegatron.models import presets_moe
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.model import Model
@@ -164,10 +165,13 @@ FAMILIES: dict[str, tuple[Fields, dict[str, Fields]]] = {
     "gpt3": (GPT3_BASE, GPT3),
     "qwen2": (QWEN25_BASE, QWEN2),
     "qwen2.5": (QWEN25_BASE, QWEN25),
-    "qwen3": (QWEN3_BASE, QWEN3),
+    "qwen3": (QWEN3_BASE, QWEN3 | presets_moe.QWEN3),
     "mistral": (MISTRAL_BASE, MISTRAL),
     "gemma": (GEMMA_BASE, GEMMA),
     "gemma2": (GEMMA2_BASE, GEMMA2),
+    "mixtral": (presets_moe.MIXTRAL_BASE, presets_moe.MIXTRAL),
+    "deepseek": (presets_moe.DEEPSEEK_BASE, presets_moe.DEEPSEEK),
+    "gpt-oss": (presets_moe.GPT_OSS_BASE, presets_moe.GPT_OSS),
 }
 
 
@@ -218,7 +222,7 @@ def qwen2(size: str, **overrides: Any) -> Model:
 
 
 def qwen3(size: str, **overrides: Any) -> Model:
-    """Qwen 3, dense: 0.6b to 32b."""
+    """Qwen 3: dense 0.6b to 32b; with experts 30b-a3b, 235b-a22b."""
     return preset(f"qwen3:{size}", **overrides)
 
 
@@ -235,3 +239,18 @@ def gemma(size: str, **overrides: Any) -> Model:
 def gemma2(size: str, **overrides: Any) -> Model:
     """Gemma 2: 2b, 9b, 27b."""
     return preset(f"gemma2:{size}", **overrides)
+
+
+def mixtral(size: str, **overrides: Any) -> Model:
+    """Mixtral: 8x7b, 8x22b."""
+    return preset(f"mixtral:{size}", **overrides)
+
+
+def deepseek(size: str, **overrides: Any) -> Model:
+    """DeepSeek: v2-lite, v3."""
+    return preset(f"deepseek:{size}", **overrides)
+
+
+def gpt_oss(size: str, **overrides: Any) -> Model:
+    """gpt-oss: 20b, 120b."""
+    return preset(f"gpt-oss:{size}", **overrides)

@@ -1,7 +1,9 @@
 """The feed-forward block: up, activation, down; gated ones multiply two projections.
 
 gelu, gelu_tanh, relu2, quick_gelu     down(act(up x))
-swiglu, geglu, geglu_tanh              down(act(gate x) * up x)
+swiglu, geglu, geglu_tanh, quick_geglu     down(act(gate x) * up x)
+
+With a limit c and an offset o a gated one is act(min(g, c)) * (clamp(u, -c, c) + o): gpt-oss has quick_geglu, 7 and 1.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "quick_geglu": "quick_gelu"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,12 @@ class Mlp:
 
     kind: str = "swiglu"
     bias: bool = False
+    limit: float | None = None
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.gated and (self.limit is not None or self.offset):
+            raise ValueError(f"mlp {self.kind!r} has no gate, so no glu_limit and no glu_offset")
         if self.kind not in ACTIVATIONS and self.kind not in GATED:
             raise ValueError(f"mlp {self.kind!r} is unknown: use one of {', '.join([*GATED, *ACTIVATIONS])}")
 
@@ -59,7 +65,11 @@ def declare(mlp: Mlp, inner: Init, outer: Init, width: str = "mlp") -> dict[str,
 def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor) -> Tensor:
     """What the last projection reads, of any shape; gate: of gated kinds."""
     act = ACTIVATIONS[GATED.get(mlp.kind, mlp.kind)]
-    return act(up) if gate is None else act(gate) * up
+    if gate is None:
+        return act(up)
+    if mlp.limit is not None:
+        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    return act(gate) * (up + mlp.offset if mlp.offset else up)
 
 
 def apply(sh: Sharding, mlp: Mlp, p: dict[str, Any], x: Tensor, width: str = "mlp") -> Tensor:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fmegatron import models
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Model
 from fmegatron.optim import Transform
@@ -90,10 +89,7 @@ def study(run: PlanConfig, model: Model) -> Study:
 
 def flops_of(model: Model, seq: int, batch: int) -> tuple[float, float]:
     """Model FLOPs of a step: (causal attention halved, attention whole)."""
-    half, c = setup.flops_of(model, seq, batch), model.config
-    if not isinstance(c, models.Config):
-        return half, half
-    return half, half + 3.0 * c.layers * 2 * batch * seq * seq * c.heads * c.head_dim
+    return setup.flops_of(model, seq, batch), setup.flops_of(model, seq, batch, causal=False)
 
 
 def _half(model: Model, rows: tuple[int, int], ranks: int, remat: str) -> float:

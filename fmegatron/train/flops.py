@@ -1,42 +1,57 @@
 """Model FLOPs of a training step, and what a device could do: their ratio is MFU.
 
 Counted as Megatron-LM's `num_floating_point_operations` does: matrix products only, the backward twice the forward, the
-causal half of attention; what remat computes again is not counted, nor is a sliding window's saving.
+causal half of attention; of experts the chosen ones. What remat computes again is not counted, nor is a sliding window's
+saving, a router, or a latent that is cached.
 
-    step = 3 * (2 T (L (embed mlp f + embed hd (2 heads + 2 kv)) + embed vocab) + L * 2 T seq heads hd)
-           |    |                   |                              |               |
-           |    two per multiply-   f = 3 if gated, else 2         logits          scores and their use of the values:
-           |    add; T = tokens                                                    two products, half of each
+    step = 3 * (2 T (L (attention + feed-forward) + embed vocab) + L T seq heads (hd + v_hd))
+           |    |                                       |          |
+           |    two per multiply-add; T = tokens     logits        scores and their use of the values: half of each product
            backward is twice the forward
+
+A module that predicts a further token is one more layer, a projection and logits.
 """
 
 from __future__ import annotations
 
 import re
 
+from fmegatron.models import Config
+from fmegatron.models.config import moe_of
 
-def train_step_flops(
-    *,
-    layers: int,
-    embed: int,
-    heads: int,
-    kv: int,
-    hd: int,
-    mlp: int,
-    gated: bool,
-    vocab: int,
-    seq: int,
-    batch: int,
-) -> float:
-    """FLOPs of one step of a decoder on `batch` sequences of `seq` tokens. For experts, `mlp` is the active width.
 
-    Llama-3-8B, batch 128, seq 8192: 5.397063e16, as Megatron-LM's own function says.
+def step_flops(c: Config, seq: int, batch: int, causal: bool = True) -> float:
+    """FLOPs of one step of a decoder on `batch` sequences of `seq` tokens. causal False: with the masked half of attention.
+
+    Llama-3-8B, batch 128, seq 8192: 5.397063e16; DeepSeek-V3, batch 4096, seq 4096: 4.361958e18, as Megatron-LM's own
+    function says.
     """
-    tokens = batch * seq
-    projections = embed * hd * (2 * heads + 2 * kv)
-    block = embed * mlp * (3 if gated else 2) + projections
-    attention = layers * 2 * tokens * seq * heads * hd
-    return 3.0 * (2 * tokens * (layers * block + embed * vocab) + attention)
+    tokens, layers = batch * seq, [*range(c.layers), *[c.layers - 1] * c.mtp]
+    weights = sum(attention_weights(c) + forward_weights(c, i) for i in layers)
+    weights += c.mtp * (3 * c.embed + 2 * c.embed**2) + (c.mtp + 1) * c.embed * c.vocab
+    values = c.head_dim if c.latent is None else c.latent.v_hd
+    scores = len(layers) * tokens * seq * c.heads * (c.head_dim + values)
+    return 3.0 * (2 * tokens * weights + (scores if causal else 2 * scores))
+
+
+def attention_weights(c: Config) -> int:
+    """Multiply-adds of a token in a layer's projections; a latent's norm counts as a weight each, as in Megatron-LM."""
+    m, hd = c.latent, c.head_dim
+    if m is None:
+        return c.embed * hd * (2 * c.heads + 2 * (c.kv or c.heads))
+    queries = c.embed * c.heads * hd if m.q_lora is None else m.q_lora * (c.embed + c.heads * hd + 1)
+    keys = m.kv_lora * (c.embed + c.heads * (hd - m.rope_hd + m.v_hd) + 1) + c.embed * m.rope_hd
+    return queries + keys + c.heads * m.v_hd * c.embed
+
+
+def forward_weights(c: Config, layer: int) -> int:
+    """Multiply-adds of a token in a layer's feed-forward block, or in the experts that it meets."""
+    products = 3 if c.block_mlp.gated else 2
+    m = moe_of(c, layer)
+    if m is None:
+        return c.embed * c.mlp * products
+    width = m.latent or c.embed
+    return products * (width * (m.mlp or c.mlp) * m.top_k + c.embed * m.shared) + (2 * c.embed * m.latent if m.latent else 0)
 
 
 # Dense peaks in FLOP/s of one device by torch.cuda.get_device_name, for (bf16, tf32, fp32 without tensor cores).

@@ -27,7 +27,7 @@ from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
-from fmegatron.train.flops import train_step_flops
+from fmegatron.train.flops import step_flops
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import resumed as resumed
@@ -169,14 +169,12 @@ def with_loss(model: Model, target: str) -> Model:
     return replace(model, chain=tuple(swap(old) for old in model.chain), counts_of=counts)
 
 
-def flops_of(model: Model, seq: int, batch: int) -> float:
-    """Model FLOPs of a step; of a model without a config that says its sizes, 6 a parameter and token."""
+def flops_of(model: Model, seq: int, batch: int, causal: bool = True) -> float:
+    """Model FLOPs of a step, by `step_flops`; of a model without a config that says its sizes, 6 a parameter and token."""
     c = model.config
     if not isinstance(c, models.Config):
         return 6.0 * model.count() * seq * batch
-    gated = c.block_mlp.gated if hasattr(c.block_mlp, "gated") else "glu" in c.activation
-    sizes = {"layers": c.layers, "embed": c.embed, "heads": c.heads, "kv": c.kv or c.heads, "hd": c.head_dim, "mlp": c.mlp}
-    return train_step_flops(**sizes, gated=gated, vocab=c.vocab, seq=seq, batch=batch)
+    return step_flops(c, seq, batch, causal)
 
 
 def pipeline_of(c: RunConfig, model: Model) -> Pipeline | None:

@@ -39,12 +39,45 @@ PUBLISHED = {
     "gemma2:2b": 2_614_341_888,
     "gemma2:9b": 9_241_705_984,
     "gemma2:27b": 27_227_128_320,
+    "mixtral:8x7b": 46_702_792_704,
+    "mixtral:8x22b": 140_620_634_112,
+    "qwen3:30b-a3b": 30_532_122_624,
+    "qwen3:235b-a22b": 235_093_634_560,
+    "deepseek:v2-lite": 15_706_484_224,
+    "gpt-oss:20b": 20_914_757_184,
+    "gpt-oss:120b": 116_829_156_672,
+}
+ACTIVE = {  # billions, as the reports and model cards say; whether they count the table of embeddings
+    "mixtral:8x7b": ("12.9", True),
+    "mixtral:8x22b": ("39", True),
+    "qwen3:30b-a3b": ("3.3", True),
+    "qwen3:235b-a22b": ("22", True),
+    "deepseek:v2-lite": ("2.4", False),
+    "deepseek:v3": ("37", False),
+    "gpt-oss:20b": ("3.61", False),
+    "gpt-oss:120b": ("5.13", False),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_are_published_ones(name):
     assert preset(name, vocab_pad=1024).count() == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_counts_are_published_ones(name):
+    said, table = ACTIVE[name]
+    model = preset(name, mtp=0)
+    active = model.count(active=True) - (0 if table else model.sizes["vocab"] * model.sizes["embed"])
+    assert abs(active / 1e9 - float(said)) < 10 ** -len(said.partition(".")[2])  # some round, some cut
+
+
+def test_modules_that_look_ahead_are_counted_apart():
+    """DeepSeek-V3: 671B, and 685B with its module's 11.6B and the two tables that the files repeat in it."""
+    model, main = preset("deepseek:v3"), preset("deepseek:v3", mtp=0)
+    assert main.count() == 671_026_419_200
+    assert round((model.count() - main.count()) / 1e9, 1) == 11.6
+    assert round((model.count() + 2 * 129280 * 7168) / 1e9) == 684
 
 
 def test_every_preset_is_a_model():

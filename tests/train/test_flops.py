@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmegatron.train.flops import mfu, peak_flops, train_step_flops
-
-LLAMA3_8B = dict(layers=32, embed=4096, heads=32, kv=8, hd=128, mlp=14336, gated=True, vocab=128256)
-MIXTRAL = dict(layers=32, embed=4096, heads=32, kv=8, hd=128, mlp=2 * 14336, gated=True, vocab=32000)
-QWEN3_30B_A3B = dict(layers=48, embed=2048, heads=32, kv=4, hd=128, mlp=8 * 768, gated=True, vocab=151936)
-GPT_177B = dict(layers=96, embed=12288, heads=96, kv=96, hd=128, mlp=49152, gated=False, vocab=131072)
+from fmegatron import tree
+from fmegatron.models import Config, gpt
+from fmegatron.models.presets import config
+from fmegatron.nn.moe import Moe
+from fmegatron.train.flops import mfu, peak_flops, step_flops
 
 
 @pytest.mark.parametrize(
-    "config, batch, seq, recorded",
+    "name, batch, seq, recorded",
     [
-        (LLAMA3_8B, 128, 8192, 5.397063e16),
-        (MIXTRAL, 256, 4096, 8.357828e16),  # two experts a token
-        (QWEN3_30B_A3B, 512, 4096, 4.824767e16),  # eight experts a token
-        (GPT_177B, 1152, 4096, 5.107082e18),
+        ("llama3:8b", 128, 8192, 5.397063e16),
+        ("mixtral:8x7b", 256, 4096, 8.357828e16),
+        ("qwen3:30b-a3b", 512, 4096, 4.824767e16),
+        ("gpt:177b", 1152, 4096, 5.107082e18),
+        ("deepseek:v3", 4096, 4096, 4.361958e18),
     ],
 )
-def test_equals_megatron_lm(config: dict[str, Any], batch: int, seq: int, recorded: float) -> None:
-    assert train_step_flops(**config, batch=batch, seq=seq) == pytest.approx(recorded, rel=1e-6)
+def test_equals_megatron_lm(name: str, batch: int, seq: int, recorded: float) -> None:
+    assert step_flops(config(name), seq, batch) == pytest.approx(recorded, rel=1e-6)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -49,11 +48,26 @@ def test_equals_what_torch_counts(gated: bool) -> None:
         h = y @ weights["up"]
         h = h * (y @ weights["gate"]) if gated else h
         ((h @ weights["down"]) @ weights["head"]).sum().backward()
-    ours = train_step_flops(
-        layers=1, embed=embed, heads=heads, kv=kv, hd=hd, mlp=mlp, gated=gated, vocab=vocab, seq=seq, batch=batch
-    )
+    activation = "swiglu" if gated else "gelu"
+    ours = Config(layers=1, embed=embed, heads=heads, kv=kv, hd=hd, mlp=mlp, activation=activation, vocab=vocab)
     other_half = 3 * 2 * batch * seq * seq * heads * hd
-    assert counter.get_total_flops() == ours + other_half
+    assert counter.get_total_flops() == step_flops(ours, seq, batch) + other_half == step_flops(ours, seq, batch, causal=False)
+
+
+def test_equals_what_torch_counts_of_latents_and_experts() -> None:
+    """A whole model, without the norms, the embedding's lookup, the router and the masked half."""
+    moe = Moe(4, 2, mlp=20, shared=12, forced=True)
+    ours = Config(layers=2, embed=24, heads=4, hd=12, rope_hd=4, v_hd=6, kv_lora=8, q_lora=10, mlp=32, vocab=40, moe=moe, mtp=1)
+    model, batch, seq = gpt(ours), 2, 8
+    params = tree.map(lambda x: x.requires_grad_(), model.init(0))
+    tokens = torch.zeros(batch, seq, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        terms, _ = model.loss(params, {"tokens": tokens})
+        sum(value for value, _ in terms.values()).backward()
+    routers = 3 * 3 * 2 * batch * seq * ours.embed * moe.experts
+    norms = 3 * 2 * batch * seq * (3 * (8 + 10) + 3 * ours.embed)  # which Megatron-LM counts, as weights
+    counted = step_flops(ours, seq, batch, causal=False)
+    assert counter.get_total_flops() == counted + routers - norms
 
 
 def test_peaks_by_device_name() -> None:
