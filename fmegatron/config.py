@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fmegatron import config_precision, toml
 from fmegatron.config_faults import Faults
+from fmegatron.config_semisync import SemiSync
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
 
@@ -155,6 +156,7 @@ class Optimizer:
 class Mesh:
     """Sizes of the mesh's axes. Under torchrun their product is the number of processes."""
 
+    replica: int = option(1, "batch, outermost: see semisync; -1: every process that is left", at_least=-1)
     dp: int = option(1, "batch, and storage where the rules say so; -1: every process that is left", at_least=-1)
     fsdp: int = option(1, "second data axis: storage under hsdp", at_least=1)
     cp: int = option(1, "sequence", at_least=1)
@@ -168,7 +170,7 @@ class Mesh:
     @property
     def sizes(self) -> dict[str, int]:
         """{axis: size}, outer to inner; axes of size 1 too."""
-        return {axis: getattr(self, axis) for axis in ("pp", "dp", "fsdp", "cp", "cpa", "tp", "ep")}
+        return {axis: getattr(self, axis) for axis in ("replica", "pp", "dp", "fsdp", "cp", "cpa", "tp", "ep")}
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ class RunConfig:
     mesh: Mesh = Mesh()
     sharding: Sharding = Sharding()
     pipeline: Pipeline = Pipeline()
+    semisync: SemiSync = SemiSync()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()

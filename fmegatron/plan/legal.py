@@ -18,6 +18,8 @@ from fmegatron.train.pipeline.schedules import make_schedule
 def complete(run: PlanConfig, auto: frozenset[str] = frozenset()) -> PlanConfig:
     """The run with its mesh filled up to the devices there are, and with what was left open: batch and microbatches."""
     mesh = run.mesh
+    if run.semisync.params:
+        raise ConfigError(f"semisync.params = {run.semisync.params}: plan knows no meetings of replicas, explain does")
     others = math.prod(n for axis, n in mesh.sizes.items() if axis != "dp")
     if mesh.dp == -1:
         if run.gpus is None:
@@ -80,7 +82,7 @@ def misplaced(run: PlanConfig, model: Model, sizes: dict[str, int]) -> str | Non
 
 def shards_of(sizes: dict[str, int]) -> int:
     """Ranks with different rows of the batch."""
-    return sizes["dp"] * sizes["fsdp"] * sizes["ep"]
+    return sizes.get("replica", 1) * sizes["dp"] * sizes["fsdp"] * sizes["ep"]
 
 
 def _divisor(n: int, wanted: int) -> str:

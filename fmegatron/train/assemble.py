@@ -15,6 +15,7 @@ from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import setup
 from fmegatron.train.evaluate import make_evaluate
+from fmegatron.train.meeting import make_average
 from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
 from fmegatron.train.replicas import make_check
 from fmegatron.train.resume import Resume
@@ -46,6 +47,7 @@ class Parts:
     step: Callable[..., Any]
     compiled: bool
     evaluate: Callable[..., Any]
+    average: Callable[[Any], Any]  # parameters of replicas that go apart -> their mean
     check: Callable[[Any], None]
     schedule: setup.Schedule
 
@@ -81,7 +83,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     first = mesh.rank in (None, 0)
     say: setup.Say = (lambda text: print(text, flush=True)) if first else (lambda text: None)
     folder = c.run.folder
-    sh = Sharding(mesh, setup.rules_of(c.sharding))
+    sh, semisync = setup.sharding_of(c, mesh), setup.semisync_of(c)
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
     source = setup.on_first(mesh, lambda: source_of(c, say))
@@ -107,13 +109,15 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         **setup.data_axes_of(c),
         **setup.gradient_settings_of(c),
         pipeline=pipeline,
+        semisync=semisync,
         donate=t.donate and mesh.kind != "virtual",
     )
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
     plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
 
     def start(given: Tree) -> TrainState:
-        return init(own, tx, own_sh, c.run.seed, params if given is None else given, precision=setup.precision_of(c))
+        kept: dict[str, Any] = {"precision": setup.precision_of(c), "semisync": semisync}
+        return init(own, tx, own_sh, c.run.seed, params if given is None else given, **kept)
 
     return Parts(
         config=replace(c, run=replace(c.run, fresh=False)),
@@ -131,6 +135,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         step=step,
         compiled=compiled,
         evaluate=make_evaluate(model, sh, dtype=dtype, prefetch=t.prefetch, pipeline=pipeline),
+        average=make_average(own, own_sh),
         check=make_check(own, own_sh, placed),
         schedule=schedule,
     )

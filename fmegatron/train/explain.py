@@ -28,6 +28,7 @@ from fmegatron.optim import Transform
 from fmegatron.sharding import Sharding, abstract_mesh
 from fmegatron.sharding.traffic import Event, Traffic, counted
 from fmegatron.train import setup
+from fmegatron.train.explain_meetings import explain_meetings
 from fmegatron.train.explanation import Explanation, LeafRow, Staged
 from fmegatron.train.leaves import Leaf
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
@@ -120,6 +121,7 @@ def _explanation(
         parameters=plan.model.count(),
         leaves=leaves,
         collectives=tuple(traffic.rows()),
+        meetings=explain_meetings(practice, traffic),
         per_rank=_totals(plan, leaves, practice.opt_state),
     )
 
@@ -246,16 +248,18 @@ def main(config: RunConfig, json: bool = False) -> None:
     sizes = {axis: n for axis, n in config.mesh.sizes.items() if n != 1}
     if -1 in sizes.values():
         others = math.prod(n for n in sizes.values() if n != -1)
-        sizes["dp"] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)
+        free = next(axis for axis, n in sizes.items() if n == -1)
+        sizes[free] = max(1, int(os.environ.get("WORLD_SIZE", "1")) // others)
     model = model_from(config)
     fields = {key: names for key, names in NAMES.items() if key != "documents" or config.data.document_mask}
-    t, sh = config.training, Sharding(abstract_mesh(**sizes), setup.rules_of(config.sharding))
+    t, sh = config.training, setup.sharding_of(config, abstract_mesh(**sizes))
     shared: dict[str, Any] = {
         "batch": (t.global_batch, config.data.seq),
         "remat": t.remat,
         "dtype": setup.dtype_of(config),
         "fields": fields,
         "prefetch": t.prefetch,
+        "semisync": setup.semisync_of(config),
     } | setup.data_axes_of(config)
 
     def tx_of(own: Model) -> Transform:

@@ -27,6 +27,16 @@ class LeafRow:
 
 
 @dataclass(frozen=True)
+class MeetingRow:
+    """What replicas that go apart exchange: parameters ("params") or a slot of the optimizer's state, in one period."""
+
+    what: str
+    every: int  # steps
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Plain data; `str` prints tables, `json()` the same for programs."""
 
@@ -38,6 +48,7 @@ class Explanation:
     parameters: int  # without pads
     leaves: tuple[LeafRow, ...]
     collectives: tuple[Row, ...]  # of one step, as one rank sends them
+    meetings: tuple[MeetingRow, ...]  # as one rank sends them
     per_rank: dict[str, int]  # bytes: parameters, gradients, optimizer, and gathered: the largest block in use, and the next
 
     def json(self) -> str:
@@ -61,7 +72,19 @@ class Explanation:
         sent = table(self.collectives, self.mesh) if self.collectives else ["no collectives"]
         blank = [""] if notes else []
         leaves = columns(cells, len(places) + 2)
-        return "\n".join([head, "", *leaves, "", *notes, *blank, f"bytes a rank: {totals}", "", *sent])
+        said = [head, "", *leaves, "", *notes, *blank, f"bytes a rank: {totals}", "", *sent]
+        return "\n".join([*said, *self._meetings()])
+
+    def _meetings(self) -> list[str]:
+        """When replicas meet, and what that is a step on the mean."""
+        if not self.meetings:
+            return []
+        cells = [["replicas meet", "every", "collectives", "bytes", "bytes a step"]]
+        rates = [row.bytes / row.every for row in self.meetings]
+        cells += [[row.what, f"{row.every}", f"{row.count}", f"{row.bytes:,}", f"{rate:,.0f}"]
+                  for row, rate in zip(self.meetings, rates, strict=True)]  # fmt: skip
+        held = max(row.bytes for row in self.meetings)
+        return ["", *columns(cells, 1), f"in all {sum(rates):,.0f} bytes a step; gradients in every step would be {held:,}"]
 
 
 @dataclass(frozen=True)

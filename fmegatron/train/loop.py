@@ -157,7 +157,7 @@ def _measure(parts: Parts, state: TrainState, whole: bool) -> dict[str, float]:
     rows = parts.source.held_out(c, batch, part)
     if rows is None:
         return {}
-    return held_out(parts.evaluate, state.params, held_out_batches(rows, **parts.reading), rows.bytes)
+    return held_out(parts.evaluate, parts.average(state.params), held_out_batches(rows, **parts.reading), rows.bytes)
 
 
 def _consumed(state: TrainState) -> int:

@@ -41,6 +41,14 @@ class Meeting:
         """On one rank, after the update; clock: as in `before`."""
         return held if self.rule is None or not self.rule.after else self.at(sh, clock + 1, held)
 
+    def due(self, clock: int) -> bool:
+        """Whether anything is averaged in the step that `clock` steps came before."""
+        if self.rule is None:
+            return False
+        now, moments = clock + self.rule.after, self.rule.moments
+        periods = [moments] if isinstance(moments, int) else moments.values()
+        return self.rule.fragment_at(now) is not None or any(every and now and now % every == 0 for every in periods)
+
     def at(self, sh: Sharding, clock: int, held: Held) -> Held:
         """What is due at this clock."""
         assert self.rule is not None
@@ -57,20 +65,25 @@ class Meeting:
         return () if self.rule is None else init_outer(self.rule, self.pieces, params)
 
     def metrics(self, sh: Sharding, own: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
-        """Over all replicas, from each one's own: means of terms by their counts; counts, taps and skips added up; largest
-        values of those named tap.max; of all else the mean. One collective, and one more for largest values."""
+        """Over all replicas, from each one's own: means of terms by their counts; counts and taps added up; of what is named a
+        min or a max the smallest or largest; of all else the mean; "skipped" stays each one's own. One collective, and one more
+        for smallest and largest values."""
         if self.rule is None or (axis := axis_of(sh)) is None:
             return dict(own)
         terms = [name.removeprefix("count.") for name in own if name.startswith("count.")]
+        ends = {name: -1 if "/min/" in name else 1 for name in own
+                if name.startswith("tap.max.") or "/min/" in name or "/max/" in name}  # fmt: skip
         added = {name: x.double() * (own[f"count.{name}"] if name in terms else 1) for name, x in own.items()
-                 if not name.startswith("tap.max.")}  # fmt: skip
+                 if name not in ends and name != "skipped"}  # fmt: skip
         sums = tree.as_one(added, lambda flat: run(flat, sh.rank, [Psum(axis)]))
-        whole = ("count.", "tap.", "skipped")
-        out = {name: x if name.startswith(whole) else x / axis.size for name, x in sums.items()}
+        out = {name: x if name.startswith(("count.", "tap.")) else x / axis.size for name, x in sums.items()}
         out |= {term: sums[term] / sums[f"count.{term}"].clamp(min=1) for term in terms}
         out["loss"] = sum((factors.get(term, 1.0) * out[term] for term in terms), start=torch.zeros_like(out["loss"]))
-        highest = {name: run(x, sh.rank, [Pmax(axis)]) for name, x in own.items() if name.startswith("tap.max.")}
-        return {name: highest[name] if name in highest else out[name].to(x.dtype) for name, x in own.items()}
+        out["skipped"] = own["skipped"]
+        if ends:
+            signed = {name: sign * own[name].double() for name, sign in ends.items()}
+            out |= {name: ends[name] * x for name, x in tree.as_one(signed, lambda flat: run(flat, sh.rank, [Pmax(axis)])).items()}
+        return {name: out[name].to(x.dtype) for name, x in own.items()}
 
 
 def meeting_of(model: Model, sh: Sharding, rule: SemiSync | None) -> Meeting:

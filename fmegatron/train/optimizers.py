@@ -67,6 +67,18 @@ def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -
     return optim.chain(*clips, tx) if clips else tx
 
 
+def outer_of(name: str, rate: float, arguments: Mapping[str, Any]) -> Transform:
+    """The outer optimizer of semi-synchronous training, by its name in optimizer.name. Raises ConfigError."""
+    if name not in NAMES and ":" not in name:
+        raise ConfigError(f"semisync.outer = {name}: known are {', '.join(NAMES)}, or your.module:function")
+    build = getattr(optim, name) if name in NAMES else configs.imported(name)
+    try:
+        tx: Transform = build(rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"semisync.outer_arguments: {error}") from None
+    return tx
+
+
 def _group(c: RunConfig, model: Model, label: str, table: Mapping[str, Any]) -> tuple[Transform, list[str]]:
     """The transform of [optimizer.groups.LABEL], and the patterns of its leaves; what it does not say is the optimizer's."""
     place = f"optimizer.groups.{label}"

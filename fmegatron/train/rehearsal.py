@@ -29,6 +29,7 @@ class Rehearsal:
 
     plan: Plan
     opt_state: Tree
+    state: TrainState
     held: list[Tensor]
     step: Callable[[], None]
 
@@ -71,7 +72,7 @@ def rehearse(
         with torch.no_grad():
             run()
 
-    return Rehearsal(plan, opt_state, [*tree.leaves(params), *tree.leaves(opt_state), *data.values()], step)
+    return Rehearsal(plan, opt_state, state, [*tree.leaves(params), *tree.leaves(opt_state), *data.values()], step)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

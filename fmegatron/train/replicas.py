@@ -80,7 +80,7 @@ def disagreements(sh: Sharding, leaves: dict[str, Leaf], params: Tree) -> Tensor
     differs = []
     for axis in sh.mesh.axes:
         highest, lowest = (sign * run(sign * hashes, sh.rank, [Pmax(axis)] if axis.size > 1 else []) for sign in (1, -1))
-        whole = [axis.name not in leaf.storage.placed for leaf in leaves.values()]
+        whole = [axis.name not in leaf.storage.placed and axis.name != sh.rules.apart for leaf in leaves.values()]
         differs.append((highest != lowest) & torch.tensor(whole, device=hashes.device))
     return torch.stack(differs, 1)
 

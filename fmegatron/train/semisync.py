@@ -142,20 +142,18 @@ def moment_periods(moments: int | Mapping[str, int], params: Tree, opt_state: Tr
 
     Raises ValueError where slots and the optimizer's do not match: a moment without a period would be a silent choice.
     """
-    paths, slots = frozenset(tree.to_paths(params)), set[str]()
+    paths, slots = frozenset(tree.to_paths(params)), slots_of(params, opt_state)
+    by_slot = dict.fromkeys(slots, moments) if isinstance(moments, int) else moments
+    if by_slot.keys() != set(slots):
+        has = ", ".join(slots) or "none"
+        raise ValueError(f"moments = {dict(by_slot)}: this optimizer's are {has}; give each its period, 0 for never")
+    return tree.map_with_path(lambda path, _: by_slot.get(slot_of(path, paths) or "", 0), opt_state)
 
-    def period(path: str, x: Tensor) -> int:
-        slot = slot_of(path, paths)
-        if slot is None or not x.is_floating_point():
-            return 0
-        slots.add(slot)
-        return moments if isinstance(moments, int) else moments.get(slot, 0)
 
-    periods = tree.map_with_path(period, opt_state)
-    if not isinstance(moments, int) and moments.keys() != slots:
-        has = ", ".join(sorted(slots)) or "none"
-        raise ValueError(f"moments = {dict(moments)}: this optimizer's are {has}; give each its period, 0 for never")
-    return periods
+def slots_of(params: Tree, opt_state: Tree) -> list[str]:
+    """The names of an optimizer's state that mirrors the parameters."""
+    paths = frozenset(tree.to_paths(params))
+    return sorted({slot for path in tree.to_paths(opt_state) if (slot := slot_of(path, paths)) is not None})
 
 
 def slot_of(path: str, params: frozenset[str]) -> str | None:

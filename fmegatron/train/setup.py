@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import step_flops
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
+from fmegatron.train.optimizers import outer_of
 from fmegatron.train.optimizers import resumed as resumed
 from fmegatron.train.optimizers import schedule_of as schedule_of
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
@@ -37,6 +38,7 @@ from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.precision import LossScale, Precision, constant_scale
 from fmegatron.train.saving import DTYPES
+from fmegatron.train.semisync import SemiSync
 from fmegatron.train.source import Source
 from fmegatron.transforms import why_not_compile
 from fmegatron.tree import Tree
@@ -53,7 +55,8 @@ def mesh_of(c: configs.Mesh) -> Mesh:
     if not c.virtual:
         return make_mesh(**sizes)
     if -1 in sizes.values():
-        raise ConfigError("mesh.dp = -1: a mesh.virtual has as many ranks as you say, give a number")
+        free = next(axis for axis, n in sizes.items() if n == -1)
+        raise ConfigError(f"mesh.{free} = -1: a mesh.virtual has as many ranks as you say, give a number")
     return (thread_mesh if c.threads else virtual_mesh)(**(sizes or {"dp": 1}))
 
 
@@ -99,6 +102,27 @@ def rules_of(c: configs.Sharding) -> Rules:
     zigzag = None if c.zigzag is None else ("cp",) if c.zigzag else ()
     said: dict[str, Any] = {"reduce": c.reduce, "attention": c.context, "zigzag": zigzag}
     return replace(rules, **{key: value for key, value in said.items() if value is not None})
+
+
+def sharding_of(c: RunConfig, mesh: Mesh) -> Sharding:
+    """The rules of a run on its mesh; replicas go apart where semisync says when they meet."""
+    return Sharding(mesh, replace(rules_of(c.sharding), apart="replica" if c.semisync.params else None))
+
+
+def semisync_of(c: RunConfig) -> SemiSync | None:
+    """When and how the run's replicas meet; None where they are plain data parallelism. Raises ConfigError."""
+    s = c.semisync
+    if not s.params:
+        changed = [key for key, value in asdict(s).items() if value != getattr(type(s)(), key)]
+        if changed:
+            raise ConfigError(f"semisync.{changed[0]}: say semisync.params too, the steps between meetings of the parameters")
+        return None
+    outer = None if s.outer is None else outer_of(s.outer, s.outer_lr, s.outer_arguments)
+    dtype = torch.bfloat16 if s.dtype == "bf16" else None
+    try:
+        return SemiSync(s.params, s.moments, outer, s.order, s.fragments, s.pattern, s.keep, dtype)
+    except ValueError as error:
+        raise ConfigError(f"semisync: {error}") from None
 
 
 def on_first(mesh: Mesh, fn: Callable[[], Any]) -> Any:

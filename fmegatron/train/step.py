@@ -247,15 +247,8 @@ def make_step(
 
 
 def step_on_rank(
-    plan: Plan,
-    finish: Callable[..., Any],
-    sh: Sharding,
-    state: TrainState,
-    batch: Batches,
-    donate: bool = False,
-    limits: Limits | None = None,
-    clock: int = 0,
-    mark: Mark = unmarked,
+    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batches, donate: bool = False,
+    limits: Limits | None = None, clock: int = 0, mark: Mark = unmarked,
 ) -> tuple[TrainState, Metrics]:
     """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`; clock: steps so far, for meetings."""
     model, meeting, every = plan.model, plan.meeting, sh
@@ -275,17 +268,21 @@ def step_on_rank(
     over, finite = Known(over, grads, norm), torch.isfinite(norm)
     allowed = torch.ones_like(finite)
     for name, most in (limits or {}).items():
-        allowed = allowed & meeting.everywhere(every, metrics[name].abs() < most)
+        allowed = allowed & (metrics[name].abs() < most)
     ok = allowed & finite & (norm <= plan.skip_norm if plan.skip_norm is not None else finite)
-    old = to_optimizer(plan.leaves, state.params, sh)
-    old, opt_state, outer = meeting.before(every, clock, (old, state.opt_state, state.outer))
+    ok = meeting.everywhere(every, ok) if limits else ok
+    held = (to_optimizer(plan.leaves, state.params, sh), state.opt_state, state.outer)
+    old, opt_state, outer = meeting.before(every, clock, held)
     before = tree.map(torch.clone, old) if donate and "optimizer" in sh.watch else old
     compiled = isinstance(plan.compiled, Compiled)
     params, opt_state = finish(grads, opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
     if sh.watch:
         metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, params, opt_state)
+    params = add_moves(model, plan.leaves, params, metrics, ok, sh)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
-    params = to_storage(plan.leaves, add_moves(model, plan.leaves, params, metrics, ok, sh), sh)
+    if limits and meeting.due(clock):  # what is refused is to be run again from where it was, and not from the mean
+        params, opt_state, outer = keep(ok, (params, opt_state, outer), held)
+    params = to_storage(plan.leaves, params, sh)
     new = TrainState(
         step=state.step + ok.long(),
         params=params,

@@ -257,8 +257,22 @@ def test_a_replica_that_skips_a_step_keeps_in_time_with_the_others():
         given["weights"][2:] *= float("inf") if i == 0 else 1
         state, metrics = step(state, {k: shard(sh, x, NAMES[k]) for k, x in given.items()})
     assert state.step.tolist() == [2, 1] and state.skipped.tolist() == [0, 1] and state.consumed.tolist() == [8, 8]
-    assert metrics["skipped"].tolist() == [1, 1]
+    assert metrics["skipped"].tolist() == [0, 1]
     assert torch.equal(state.params["norm"]["weight"][0], state.params["norm"]["weight"][1])
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_what_one_replica_refuses_all_refuse_and_nobody_has_met(order):
+    sh, tx, net, rule = sharding(), optim.adam(RATE), model(), SemiSync(2, 2, order=order)
+    state, step = init(net, tx, sh, key=0, dtype=torch.float64, semisync=rule), make_step(net, tx, sh, semisync=rule)
+    clocks = 2 if order == "before" else 1
+    for i in range(clocks):
+        state, _ = step(state, {k: shard(sh, x, NAMES[k]) for k, x in batch(i).items()})
+    given = batch(9)
+    given["weights"][2:] *= float("nan")
+    after, _ = step(state, {k: shard(sh, x, NAMES[k]) for k, x in given.items()}, {"loss": float("inf")})
+    assert_trees_all_equal((after.params, after.opt_state), (state.params, state.opt_state))
+    assert after.step.tolist() == state.step.tolist() and after.skipped.tolist() == [1, 1]
 
 
 # -- traffic ----------------------------------------------------------------------------------------------------------
@@ -271,7 +285,7 @@ def sent(rule, tx, steps, rules="ddp", **sizes):
     for i in range(steps):
         traffic.clear()
         state, metrics = step(state, {k: shard(sh, x, NAMES[k]) for k, x in batch(i).items()})
-        out.append(traffic.counts().get(("all_reduce", "replica"), (0, 0))[1] - 8 * len(metrics))
+        out.append(traffic.counts().get(("all_reduce", "replica"), (0, 0))[1] - 8 * (len(metrics) - 1))  # all but "skipped"
     return out, sum(x[0].numel() for x in tree.leaves(state.params))
 
 
