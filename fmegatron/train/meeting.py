@@ -82,7 +82,8 @@ class Meeting:
         out["skipped"] = own["skipped"]
         if ends:
             signed = {name: sign * own[name].double() for name, sign in ends.items()}
-            out |= {name: ends[name] * x for name, x in tree.as_one(signed, lambda flat: run(flat, sh.rank, [Pmax(axis)])).items()}
+            most = tree.as_one(signed, lambda flat: run(flat, sh.rank, [Pmax(axis)]))
+            out |= {name: sign * most[name] for name, sign in ends.items()}
         return {name: out[name].to(x.dtype) for name, x in own.items()}
 
 
