@@ -87,7 +87,7 @@ clean:
 	rm -rf build dist *.egg-info .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 constraints: $(TEST) $(BENCH)
-	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torch|fmegatron)\b' | sort -f; } > $@.new
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torch|triton|fmegatron)\b' | sort -f; } > $@.new
 	mv $@.new constraints.txt
 
 # ------------------------------------------------------------------------------------------------ installation

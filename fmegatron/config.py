@@ -112,6 +112,7 @@ class Training(config_precision.Precision):
     global_batch: int = option(32, "samples in a step, over all ranks", at_least=1)
     microbatches: int = option(1, "parts that a step is computed in, one after another", at_least=1)
     remat: str = option("none", "none, full, selective, or every-K: which activations are computed again")
+    kernels: Literal["reference", "triton", "auto"] = option("auto", "of norms, activations, loss ...; auto: triton on CUDA")
     compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
     prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
     reshard: str = option("always", "always, never, or first-K: which layers' gathered weights are freed after the forward")

@@ -143,7 +143,8 @@ def _forward(gate, up, gate_bias, up_bias, weights, y, rows, n, of_gate, of_up, 
 
 @Jit
 def _backward(gate, up, gate_bias, up_bias, weights, dy, dgate, dup, dgate_bias, dup_bias, dweights, rows, n, of_gate, of_up,
-              clamp: tl.constexpr, offset: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+              clamp: tl.constexpr, offset: tl.constexpr,
+              ACT: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     me = tl.program_id(0)
     col = tl.program_id(1) * N + tl.arange(0, N)
     sum_g = tl.zeros([N], WIDE)
@@ -216,8 +217,9 @@ def empty_backward(gate: Tensor, up: Tensor | None, gate_bias: Tensor | None, up
     return dgate, dup, *sums, gate.new_empty(shape if weights is not None else 0, dtype=accumulate)
 
 
-def fill_backward(out: tuple[Tensor, ...], gate: Tensor, up: Tensor | None, gate_bias: Tensor | None, up_bias: Tensor | None,
-                  weights: Tensor | None, dy: Tensor, act: str, clamp: float | None, offset: float) -> None:
+def fill_backward(out: tuple[Tensor, ...], gate: Tensor, up: Tensor | None, gate_bias: Tensor | None,
+                  up_bias: Tensor | None, weights: Tensor | None, dy: Tensor, act: str, clamp: float | None,
+                  offset: float) -> None:
     """Run the backward kernel; without sums over rows a program has one block of rows."""
     g, u, n = rows_of(gate), None if up is None else rows_of(up), gate.shape[-1]
     others = [t if t is None else t.contiguous() for t in (gate_bias, up_bias, weights, dy)]

@@ -203,23 +203,27 @@ def fill_linear(out: Stats, h: Tensor, table: Tensor, labels: Tensor, valid: Ten
     flat = zip(h.reshape(-1, h.shape[-1]).split(rows), labels.reshape(-1).split(rows),
                *(t.view(-1).split(rows) for t in out), strict=True)
     for piece, label, *numbers in flat:
-        run_forward(tuple(numbers), piece @ table.T, label, valid, multiplier, softcap)  # type: ignore[arg-type]
+        lse, picked, total = numbers
+        run_forward((lse, picked, total), piece @ table.T, label, valid, multiplier, softcap)
 
 
 def empty_linear(h: Tensor, table: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     """dh and dtable."""
-    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(table, memory_format=torch.contiguous_format)
+    return h.new_empty(h.shape), table.new_empty(table.shape)
 
 
-def fill_linear_backward(out: tuple[Tensor, Tensor], h: Tensor, table: Tensor, labels: Tensor, valid: Tensor | None, lse: Tensor,
-                         g_lse: Tensor, g_picked: Tensor, g_total: Tensor, multiplier: float, softcap: float | None, rows: int) -> None:
+def fill_linear_backward(
+    out: tuple[Tensor, Tensor], h: Tensor, table: Tensor, labels: Tensor, valid: Tensor | None, lse: Tensor, g_lse: Tensor,
+    g_picked: Tensor, g_total: Tensor, multiplier: float, softcap: float | None, rows: int,
+) -> None:
     """Logits of some rows again, turned in place to their gradients; dtable is summed in fp32 at least."""
     dh, dtable = out
-    flat = [t.reshape(-1).split(rows) for t in (labels, lse, g_lse, g_picked, g_total)]
+    pieces = [t.reshape(-1, h.shape[-1]).split(rows) for t in (h, dh)]
+    numbers = [t.reshape(-1).split(rows) for t in (labels, lse, g_lse, g_picked, g_total)]
     total = torch.zeros_like(table, dtype=lse.dtype)
-    for piece, dpiece, label, *numbers in zip(h.reshape(-1, h.shape[-1]).split(rows), dh.view(-1, h.shape[-1]).split(rows), *flat, strict=True):
+    for piece, dpiece, label, one, a, b, c in zip(*pieces, *numbers, strict=True):
         logits = piece @ table.T
-        run_backward(logits, logits, label, valid, *numbers, multiplier, softcap)
+        run_backward(logits, logits, label, valid, one, a, b, c, multiplier, softcap)
         torch.mm(logits, table, out=dpiece)
         total += logits.T @ piece
     dtable.copy_(total)
@@ -233,5 +237,5 @@ BACKWARD = op("cross_entropy_backward", f"(Tensor x, Tensor labels, Tensor? vali
               empty_dx, run_backward)
 LINEAR = op("linear_cross_entropy", f"(Tensor h, Tensor table, Tensor labels, Tensor? valid, {OPTIONS}, int rows)"
             " -> (Tensor, Tensor, Tensor)", empty_stats, fill_linear)
-LINEAR_BACKWARD = op("linear_cross_entropy_backward", f"(Tensor h, Tensor table, Tensor labels, Tensor? valid, {GIVEN}{OPTIONS},"
-                     " int rows) -> (Tensor, Tensor)", empty_linear, fill_linear_backward)
+LINEAR_BACKWARD = op("linear_cross_entropy_backward", "(Tensor h, Tensor table, Tensor labels, Tensor? valid, "
+                     f"{GIVEN}{OPTIONS}, int rows) -> (Tensor, Tensor)", empty_linear, fill_linear_backward)

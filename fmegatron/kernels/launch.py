@@ -24,6 +24,7 @@ from torch import Tensor
 
 Form = Literal["reference", "triton"]
 Tensors = tuple[Tensor | None, ...]
+Pull = Callable[[Tensors, Tensors], Sequence[Tensor]]  # kept, cotangents -> gradients
 
 
 def choose(wanted: Literal["reference", "triton", "auto"], device: torch.device) -> Form:
@@ -34,7 +35,7 @@ def choose(wanted: Literal["reference", "triton", "auto"], device: torch.device)
     if wanted == "triton" and not here:
         raise ValueError("kernels = triton: the package is not installed, pip install triton, or use kernels = reference")
     if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"kernels = triton: {device.type} needs TRITON_INTERPRET=1 (slow, for tests), or use kernels = reference")
+        raise ValueError(f"kernels = triton: {device.type} needs TRITON_INTERPRET=1 (slow), or use kernels = reference")
     return wanted
 
 
@@ -55,9 +56,14 @@ class Jit:
         import triton.language as tl
 
         used = {name: x.made for name in self.fn.__code__.co_names if isinstance(x := self.fn.__globals__.get(name), Jit)}
-        own = types.FunctionType(self.fn.__code__, {**self.fn.__globals__, **used, "tl": tl}, self.fn.__name__, self.fn.__defaults__)
-        own.__annotations__, own.__module__, own.__qualname__ = self.fn.__annotations__, self.fn.__module__, self.fn.__qualname__
+        own = types.FunctionType(self.fn.__code__, {**self.fn.__globals__, **used, "tl": tl}, self.fn.__name__)
+        for name in ("__annotations__", "__module__", "__qualname__"):
+            setattr(own, name, getattr(self.fn, name))
         return triton.jit(own)
+
+    def __call__(self, *args: Any) -> Any:
+        """Only inside of another Jit function, which finds Triton's form of this one."""
+        raise TypeError(f"{self.fn.__name__} is written in Triton's language: launch it as kernel[grid](...)")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
@@ -137,11 +143,11 @@ class Kernel:
 
     reference: Callable[..., Any]
     forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[[Tensors, Tensors], Sequence[Tensor]]
+    backward: Pull
     outputs: int
     moving: tuple[int, ...]  # inputs with a gradient
     keep: Callable[[Tensors, Tensors], Tensors]
-    pull: Callable[[Tensors, Tensors], Sequence[Tensor]]
+    pull: Pull
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """Its outputs."""
@@ -152,7 +158,7 @@ class Kernel:
         return done[: self.outputs]
 
 
-def pull_of(reference: Callable[..., Any], moving: tuple[int, ...], inputs: int) -> Callable[[Tensors, Tensors], Sequence[Tensor]]:
+def pull_of(reference: Callable[..., Any], moving: tuple[int, ...], inputs: int) -> Pull:
     """The `pull` of a kernel that keeps all its inputs first."""
 
     def pull(kept: Tensors, cotangents: Tensors) -> Sequence[Tensor]:

@@ -4,7 +4,7 @@
     rms      y =  h / sqrt(mean(h^2) + eps) * w
     layer    y = (h - mean(h)) / sqrt(var(h) + eps) * w + b     w = weight, or 1 + weight where it is zero-centred
 
-Statistics are at least fp32 whatever comes in. Sources: Zhang and Sennrich 2019 (arXiv 1910.07467); Ba et al. 2016 (1607.06450).
+Statistics are at least fp32. Sources: Zhang and Sennrich 2019 (arXiv 1910.07467); Ba et al. 2016 (arXiv 1607.06450).
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def add_reference(
 
 def kernel(weight: Tensor | None, bias: Tensor | None, *, added: bool, kind: str, eps: float, centred: bool) -> Kernel:
     """The kernel of (x, weight, bias) -> (y,), or of (x, weight, bias, residual) -> (y, h)."""
-    layer, options = kind == "layer", {"kind": kind, "eps": eps, "centred": centred}
+    layer = kind == "layer"
+    options: dict[str, Any] = {"kind": kind, "eps": eps, "centred": centred}
     moving = tuple(i for i, there in enumerate((True, weight is not None, bias is not None, added)) if there)
     alone = pull_of(partial(reference, **options), moving[: len(moving) - added], 3)
 
@@ -182,7 +183,8 @@ def empty_forward(x: Tensor, residual: Tensor | None, w: Tensor | None, b: Tenso
     """y, h (nothing without a residual), mean (nothing for rms), 1 / sqrt(variance)."""
     stats = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y) if residual is not None else y.new_empty(0), stats if layer else stats.new_empty(0), torch.empty_like(stats)
+    h = torch.empty_like(y) if residual is not None else y.new_empty(0)
+    return y, h, stats if layer else stats.new_empty(0), torch.empty_like(stats)
 
 
 def fill_forward(out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, w: Tensor | None, b: Tensor | None,
@@ -190,10 +192,10 @@ def fill_forward(out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, w:
     """Run the forward kernel."""
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)
-    x, residual, w, b = (t if t is None else t.contiguous() for t in (x, residual, w, b))
+    tensors = [t if t is None else t.contiguous() for t in (x, residual, w, b)]
     shape = tile(n, 4096)
     _forward[(-(-rows // shape["R"]),)](
-        x, residual, w, b, *out, rows, n, eps, LAYER=layer, CENTRED=centred, WIDE=wide(x), **shape)
+        *tensors, *out, rows, n, eps, LAYER=layer, CENTRED=centred, WIDE=wide(x), **shape)
 
 
 def empty_backward(h: Tensor, w: Tensor | None, mean: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor | None, layer: bool,
@@ -208,9 +210,9 @@ def fill_backward(out: tuple[Tensor, ...], h: Tensor, w: Tensor | None, mean: Te
     """Run the backward kernel."""
     n = h.shape[-1]
     rows = h.numel() // max(n, 1)
-    h, w, dy, dh = (t if t is None else t.contiguous() for t in (h, w, dy, dh))
+    tensors = [t if t is None else t.contiguous() for t in (h, w, mean, rstd, dy, dh)]
     _backward[(programs(h),)](
-        h, w, mean, rstd, dy, dh, *out, rows, n, LAYER=layer, CENTRED=centred, WIDE=wide(h), **tile(n, 2048))
+        *tensors, *out, rows, n, LAYER=layer, CENTRED=centred, WIDE=wide(h), **tile(n, 2048))
 
 
 FORWARD = op("norm", "(Tensor x, Tensor? residual, Tensor? w, Tensor? b, bool layer, float eps, bool centred)"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, form: Form = "reference"
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [batch, seq, heads, hd] turned by cos and sin, both [batch or 1, seq, 1, pairs]; these have no gradient."""
+    """Queries and keys [batch, seq, heads, hd] turned by cos and sin [batch or 1, seq, 1, pairs]; no gradient of these."""
     if form == "reference":
         return reference(q, cos, sin, interleaved), reference(k, cos, sin, interleaved)
     y, z = kernel(interleaved)(q, k, cos, sin)
@@ -56,7 +56,10 @@ def kernel(interleaved: bool) -> Kernel:
     def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         return tuple(ROTATE(q, k, cos, sin, interleaved))
 
-    return Kernel(both, forward, lambda kept, cts: forward(*given(kept, cts)), 2, (0, 1), keep, lambda kept, cts: both(*given(kept, cts)))
+    def backward(kept: Tensors, cotangents: Tensors) -> tuple[Tensor, ...]:
+        return forward(*given(kept, cotangents))
+
+    return Kernel(both, forward, backward, 2, (0, 1), keep, lambda kept, cts: both(*given(kept, cts)))
 
 
 # -- triton ---------------------------------------------------------------------------------------------------------

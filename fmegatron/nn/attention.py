@@ -86,7 +86,7 @@ def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[s
         keys = norm.apply(sh, attn.norm, p.get("k_norm", {}), keys)
     if attn.rope is not None:
         cos, sin = v[f"{attn.table}.cos"], v[f"{attn.table}.sin"]
-        queries, keys = rope.rotate(attn.rope, queries, cos, sin), rope.rotate(attn.rope, keys, cos, sin)
+        queries, keys = rope.rotate_both(attn.rope, queries, keys, cos, sin, sh.kernels)
     queries = sh.relayout(queries, f"batch seq heads hd -> {QUERIES}")
     keys, values = (sh.relayout(y, f"batch seq kv hd -> {KEYS}") for y in (keys, values))
     if "cache" in v:  # while generating: with those of earlier tokens, see inference/cache.py

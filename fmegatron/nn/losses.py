@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fmegatron.kernels import cross_entropy as kernel
 from fmegatron.sharding import Size
 from fmegatron.transforms import compiling
 
@@ -54,6 +55,8 @@ def logits(sh: Sharding, loss: Loss, h: Tensor, table: Tensor) -> Tensor:
 
 def cross_entropy(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Local sums of the terms over the tokens of h [batch, loss_seq, embed]; labels and weights [batch, loss_seq]."""
+    if sh.kernels == "triton":
+        return fused(sh, loss, h, table, labels, weights)
     x = logits(sh, loss, h, table)
     lse = sh.reduce(f"{LOGITS} -> batch loss_seq", x, "logsumexp")
     ce = lse - (1 - loss.smoothing) * pick(sh, x, labels)
@@ -62,6 +65,20 @@ def cross_entropy(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Te
         if isinstance(sh.sizes["vocab"], Size):
             real = torch.where(sh.index("vocab", LOGITS, x) < true, x, torch.zeros_like(x))
         ce = ce - loss.smoothing / true * sh.reduce(f"{LOGITS} -> batch loss_seq", real, "sum")
+    terms = {"ce": sh.total(ce * weights, "batch loss_seq")}
+    return terms | ({"z": sh.total(loss.z * lse.square() * weights, "batch loss_seq")} if loss.z else {})
+
+
+def fused(sh: Sharding, loss: Loss, h: Tensor, table: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """`cross_entropy` in one pass over the logits each way, which stay in the dtype of h: no fp32 copy of them is made."""
+    x = sh.einsum("batch loss_seq embed, vocab embed -> batch loss_seq vocab", h, table)
+    first, true = sh.index("vocab", LOGITS, x)[0], sh.true_size("vocab")
+    mine = sh.align(labels, "batch loss_seq", within=LOGITS) - first
+    real = true - first if isinstance(sh.sizes["vocab"], Size) else None
+    local = kernel.stats(x, mine, real, multiplier=loss.multiplier, softcap=loss.softcap, form="triton")
+    ops = ("logsumexp", "sum", "sum")  # of this rank's columns -> of all
+    lse, picked, total = (sh.reduce(f"{LOGITS} -> batch loss_seq", y[..., None], op) for y, op in zip(local, ops, strict=True))
+    ce = lse - (1 - loss.smoothing) * picked - loss.smoothing / true * total
     terms = {"ce": sh.total(ce * weights, "batch loss_seq")}
     return terms | ({"z": sh.total(loss.z * lse.square() * weights, "batch loss_seq")} if loss.z else {})
 

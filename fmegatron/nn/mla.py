@@ -91,7 +91,7 @@ def from_latents(sh: Sharding, attn: Attention, latent: Latent, name: str, g: di
     plain, turned = queries.split((queries.shape[-1] - latent.rope_hd, latent.rope_hd), -1)
     if attn.rope is not None:
         cos, sin = g[f"{attn.table}.cos"], g[f"{attn.table}.sin"]
-        turned, shared = rope.rotate(attn.rope, turned, cos, sin), rope.rotate(attn.rope, shared, cos, sin)
+        turned, shared = rope.rotate_both(attn.rope, turned, shared, cos, sin, sh.kernels)
     c = g["c"]
     if cache is not None:
         c, shared = cache(c, shared)

@@ -8,26 +8,20 @@ With a limit c and an offset o a gated one is act(min(g, c)) * (clamp(u, -c, c) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from fmegatron.kernels import activation
+from fmegatron.kernels.activation import ACTIVATIONS
+from fmegatron.kernels.launch import Form
 from fmegatron.nn.param import Init, Param, bias
 
 if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-}
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "quick_geglu": "quick_gelu"}
 
 
@@ -62,27 +56,25 @@ def declare(mlp: Mlp, inner: Init, outer: Init, width: str = "mlp") -> dict[str,
     return weights
 
 
-def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor) -> Tensor:
+def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor, form: Form = "reference") -> Tensor:
     """What the last projection reads, of any shape; gate: of gated kinds."""
-    act = ACTIVATIONS[GATED.get(mlp.kind, mlp.kind)]
+    act = GATED.get(mlp.kind, mlp.kind)
     if gate is None:
-        return act(up)
-    if mlp.limit is not None:
-        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-    return act(gate) * (up + mlp.offset if mlp.offset else up)
+        return activation.activate(up, act=act, form=form)
+    return activation.glu(gate, up, act=act, clamp=mlp.limit, offset=mlp.offset, form=form)
 
 
 def apply(sh: Sharding, mlp: Mlp, p: dict[str, Any], x: Tensor, width: str = "mlp") -> Tensor:
     """[batch, seq, embed] -> [batch, seq, embed]."""
-    inner = f"batch seq {width}"
+    inner, form = f"batch seq {width}", sh.kernels
     if mlp.gated:
         pattern = f"batch seq embed, (embed {width} | embed {width}) -> ({inner} | {inner})"
         gate, up = sh.einsum(pattern, x, p["gate"], p["up"])
         if mlp.bias:
             gate, up = gate + p["gate_bias"], up + p["up_bias"]
-        h = sh.remat("mlp_activation", partial(hidden, mlp), gate, up)
+        h = sh.remat("mlp_activation", partial(hidden, mlp, form=form), gate, up)
     else:
         up = sh.einsum(f"batch seq embed, embed {width} -> {inner}", x, p["up"])
-        h = sh.remat("mlp_activation", partial(hidden, mlp, None), up + p["up_bias"] if mlp.bias else up)
+        h = sh.remat("mlp_activation", partial(hidden, mlp, None, form=form), up + p["up_bias"] if mlp.bias else up)
     y = sh.einsum(f"{inner}, {width} embed -> batch seq embed", h, p["down"])
     return y + p["down_bias"] if mlp.bias else y

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
+from fmegatron.kernels import norm as kernel
+from fmegatron.kernels.launch import Form
 from fmegatron.nn.param import Param, bias, ones, zeros
 
 if TYPE_CHECKING:
@@ -39,16 +40,11 @@ def declare(norm: Norm, names: str = "embed") -> dict[str, Param]:
 
 def apply(sh: Sharding, norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
     """Normalise [..., n] over its last dim; the result has x's dtype. A part that remat may compute again."""
-    return sh.remat("norm", lambda x, *weights: normalize(norm, dict(zip(p, weights, strict=True)), x), x, *p.values())
+    form = sh.kernels
+    return sh.remat("norm", lambda x, *weights: normalize(norm, dict(zip(p, weights, strict=True)), x, form), x, *p.values())
 
 
-def normalize(norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
+def normalize(norm: Norm, p: dict[str, Any], x: Tensor, form: Form = "reference") -> Tensor:
     """The norm itself."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight = p["weight"].to(wide.dtype) if "weight" in p else None
-    weight = weight + 1.0 if weight is not None and norm.centred else weight
-    if norm.kind == "layer":
-        shift = p["bias"].to(wide.dtype) if "bias" in p else None
-        return torch.nn.functional.layer_norm(wide, x.shape[-1:], weight, shift, norm.eps).to(x.dtype)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    return (y if weight is None else y * weight).to(x.dtype)
+    kind: Literal["rms", "layer"] = "layer" if norm.kind == "layer" else "rms"
+    return kernel.norm(x, p.get("weight"), p.get("bias"), kind=kind, eps=norm.eps, centred=norm.centred, form=form)

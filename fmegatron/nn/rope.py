@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmegatron.kernels import rope as kernel
+from fmegatron.kernels.launch import Form
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -114,9 +117,9 @@ def tables(rope: Rope, hd: int, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(rope: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the features of [batch, seq, heads, hd]; in fp32, back in x's dtype."""
-    dims = 2 * cos.shape[-1]
-    turned, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
-    pair = -1 if rope.interleaved else -2
-    a, b = turned.unflatten(-1, (-1, 2) if rope.interleaved else (2, -1)).unbind(pair)
-    y = torch.stack((a * cos - b * sin, b * cos + a * sin), pair).flatten(-2).to(x.dtype)
-    return y if rest is None else torch.cat((y, rest), -1)
+    return kernel.reference(x, cos, sin, rope.interleaved)
+
+
+def rotate_both(rope: Rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys, by one kernel where the form is one."""
+    return kernel.rotate(q, k, cos, sin, interleaved=rope.interleaved, form=form)

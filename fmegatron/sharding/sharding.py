@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Sharding:
     taps: dict[str, tuple[str, Tensor]] | None = None
     watch: frozenset[str] = frozenset()  # kinds of statistics that are wanted beside those that training itself needs
     chunks: int = 1  # in which a product and its collective go, overlapping: see overlap.py
+    kernels: Literal["reference", "triton"] = "reference"  # what computes the parts that kernels/ has: docs/kernels.md
     layout: Layout = field(default_factory=lambda: NO_LAYOUT, repr=False)  # made from the fields above
 
     def __post_init__(self) -> None:
@@ -147,8 +148,7 @@ class Sharding:
 
     def true_size(self, name: str) -> int:
         """The global size of a bound name without pads."""
-        size = self.sizes[name]
-        return size.n if isinstance(size, Size) else size
+        return size.n if isinstance(size := self.sizes[name], Size) else size
 
     def index(self, name: str, names: str, x: Tensor) -> Tensor:
         """Global indices of the local slice of one dim: int64 [local size], for `x` that lies as `names`.

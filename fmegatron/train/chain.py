@@ -154,7 +154,8 @@ def differentiate(
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
     engine = step.engine.light if node.light else step.engine
-    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, step.sh.recompute, step.sh.chunks, inside.watch))
+    how = (step.sh.recompute, step.sh.chunks, step.sh.kernels, inside.watch)
+    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, *how))
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:

@@ -282,9 +282,10 @@ def gradient_settings_of(c: RunConfig) -> dict[str, Any]:
 
 
 def data_axes_of(c: RunConfig) -> dict[str, Any]:
-    """Settings of `plan_step` about what travels over the data axes, and when."""
+    """Settings of `plan_step` about what travels over the data axes, and when, and what computes."""
     t = c.training
     if t.sum_dtype is not None and t.reduce_dtype is None:
         raise ConfigError(f"training.sum_dtype = {t.sum_dtype} needs a training.reduce_dtype: without, all is fp32")
     chosen = {"reduce_dtype": t.reduce_dtype, "sum_dtype": t.sum_dtype}
-    return {"reshard": t.reshard, "async_tp": t.async_tp} | {name: DTYPES[dtype] for name, dtype in chosen.items() if dtype}
+    dtypes = {name: DTYPES[dtype] for name, dtype in chosen.items() if dtype}
+    return {"reshard": t.reshard, "async_tp": t.async_tp, "kernels": t.kernels} | dtypes

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fmegatron import random, tree
+from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.optim.fuse import keep
@@ -101,6 +102,7 @@ def plan_step(
     skip_norm: float | None = None,
     count_zeros: bool = False,
     semisync: SemiSync | None = None,
+    kernels: Literal["reference", "triton", "auto"] = "reference",
 ) -> Plan:
     """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
 
@@ -111,7 +113,8 @@ def plan_step(
     term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
     mesh with an axis pp the plan's model and sharding are those of this rank's stages. precision: that of `init`. skip_norm:
     a step whose gradient has a larger norm is skipped. count_zeros: the metric "zeros", of the gradient's elements.
-    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica.
+    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica. kernels: see
+    docs/kernels.md.
     """
     precision.check(dtype)
     every, sh = sh, inside(sh)
@@ -132,12 +135,9 @@ def plan_step(
         raise ValueError("compile: a virtual mesh runs eager; use compile=False, or processes started by torchrun")
     if compile and (missing := why_not_compile()) is not None:
         raise ValueError(f"compile: {missing}; use compile=False to run eager")
-    sh = sh.bind(model.sizes)
+    sh = replace(sh.bind(model.sizes), kernels=choose(kernels, torch.device(sh.mesh.device)))
     policy = parse_remat(remat) if isinstance(remat, str) else remat
-    if policy.parts:
-        sh = sh.recomputing(policy.recompute)
-    weights = tuple((term_weights or {}).items())
-    compiled = Compiled() if compile else None
+    sh = sh.recomputing(policy.recompute) if policy.parts else sh
     if sum_dtype is not None and reduce_dtype is None:
         raise ValueError(f"sum_dtype = {sum_dtype}: it is of gradients that travel in fewer bits, give reduce_dtype too")
     wire = Wire(reduce_dtype, sum_dtype or reduce_dtype) if reduce_dtype is not None else None
@@ -152,9 +152,9 @@ def plan_step(
         reshard=parse_reshard(reshard),
         wire=wire,
         async_tp=async_tp,
-        compiled=compiled,
+        compiled=Compiled() if compile else None,
         placed=placed,
-        weights=weights,
+        weights=tuple((term_weights or {}).items()),
         precision=precision,
         skip_norm=skip_norm,
         count_zeros=count_zeros,

@@ -61,8 +61,9 @@ def norms() -> list[Case]:
 
         return Case(name, inputs, call, whole=(1, 2))
 
-    return [case("rms", "rms", False, False, "w"), case("rms_centred_added", "rms", True, True, "w"), case("l2", "rms", False, False, ""),
-            case("layer", "layer", False, False, "wb"), case("layer_centred_added", "layer", True, True, "w")]
+    return [case("rms", "rms", False, False, "w"), case("rms_centred_added", "rms", True, True, "w"),
+            case("l2", "rms", False, False, ""), case("layer", "layer", False, False, "wb"),
+            case("layer_centred_added", "layer", True, True, "w")]
 
 
 def activations() -> list[Case]:
@@ -90,7 +91,7 @@ def ropes() -> list[Case]:
             angles = normal(1, rows, 1, pairs) * 9
             return [normal(1, rows, 5, 10), normal(1, rows, 2, 10), angles.cos(), angles.sin()]
 
-        return Case(name, inputs, lambda form, q, k, c, s: rope.rotate(q, k, c, s, interleaved=interleaved, form=form), (2, 3))
+        return Case(name, inputs, lambda form, *xs: rope.rotate(*xs, interleaved=interleaved, form=form), (2, 3))
 
     return [case("rope", 5, False), case("rope_interleaved", 5, True), case("rope_partial", 3, False)]
 
@@ -100,8 +101,8 @@ def losses() -> list[Case]:
         def inputs(rows: int) -> list[Tensor | None]:
             return [normal(rows, 35) * 3, torch.randint(-4, 40, (rows,)), None if valid is None else torch.tensor(valid)]
 
-        return Case(name, inputs, lambda form, x, t, v: cross_entropy.stats(x, t, v, multiplier=multiplier, softcap=softcap, form=form),
-                    (1, 2))
+        options: Any = {"multiplier": multiplier, "softcap": softcap}
+        return Case(name, inputs, lambda form, *xs: cross_entropy.stats(*xs, form=form, **options), (1, 2))
 
     def linear(rows: int) -> list[Tensor | None]:
         return [normal(rows, 6), normal(35, 6), torch.randint(0, 35, (rows,)), torch.tensor(33)]
@@ -109,7 +110,8 @@ def losses() -> list[Case]:
     def call(form: str, h: Tensor, table: Tensor, t: Tensor, v: Tensor) -> Any:
         return cross_entropy.linear(h, table, t, v, softcap=4.0, form=form, rows=4)
 
-    return [case("cross_entropy", None, 1.0, None), case("cross_entropy_full", 30, 1.3, 5.0), Case("linear", linear, call, (2, 3), (1,))]
+    return [case("cross_entropy", None, 1.0, None), case("cross_entropy_full", 30, 1.3, 5.0),
+            Case("linear", linear, call, (2, 3), (1,))]
 
 
 CASES = [*norms(), *activations(), *ropes(), *losses()]
