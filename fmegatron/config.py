@@ -125,7 +125,7 @@ class Training(config_precision.Precision):
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(config_precision.Moments):
     """The rule of the update and its schedule."""
 
     name: str = option("adamw", "see docs/optimizers.md, or your.module:function, called with the learning rate and arguments")

@@ -9,10 +9,19 @@ from fmegatron.toml import option
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Keys of [optimizer]: see docs/precision.md."""
+
+    mu_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = option("fp32", "of means of gradients at rest; rounded at random")
+    nu_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = option("fp32", "of means of squared gradients")
+
+
+@dataclass(frozen=True)
 class Precision:
     """Keys of [training]: see docs/precision.md."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the computation; the master state is fp32")
+    param_dtype: Literal["fp32", "bf16"] = option("fp32", "of parameters at rest; bf16: the optimizer has 16 bits more")
     accumulate_dtype: Literal["fp32", "bf16"] = option("fp32", "in which gradients of microbatches are summed")
     loss_scale: str | None = option(None, "dynamic, a number, or off; none: dynamic for fp16, else off")
     initial_loss_scale: float = option(2.0**32, "of a dynamic loss scale", at_least=0)
@@ -36,5 +45,7 @@ class Precision:
                 raise ValueError(f"training.loss_scale = {self.loss_scale}: dynamic, off, or a number above 0")
         if self.dtype == "fp16" and self.loss_scale == "off":
             raise ValueError("training.dtype = fp16 with training.loss_scale = off: small gradients would vanish, use dynamic")
+        if self.param_dtype == "bf16" and self.dtype != "bf16":
+            raise ValueError(f"training.param_dtype = bf16 with training.dtype = {self.dtype}: compute in bf16 too")
         if self.clip_value is not None and self.clip_value <= 0:
             raise ValueError(f"training.clip_value = {self.clip_value}: must be above 0; leave it out for none")

@@ -12,7 +12,7 @@ holds it twice. `LOCAL` is one device, where the shard is the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Over(Protocol):
 
         fn treats matrices one by one: it gets those of several leaves at once, and on a mesh each rank gets some of them.
         """
+
+    def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
+        """A leaf's name and the global index of its elements, rows [..., 1] + columns [n], that are the same on every mesh."""
 
 
 class Update(Protocol):
@@ -95,6 +98,20 @@ class Local:
         return tree.map_with_path(lambda path, _: values[path], updates)
 
 
+    def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The leaf's path, and its elements counted."""
+        return path, *rows_and_columns([torch.arange(n, device=leaf.device) for n in leaf.shape], leaf.shape, leaf)
+
+
+def rows_and_columns(index: Sequence[Tensor], sizes: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices along each dim of a tensor of global `sizes` as those of its elements: rows [..., 1] + columns [n]."""
+    rows = torch.zeros([1] * (len(index) - 1), dtype=torch.int64, device=like.device)
+    for dim, here in enumerate(index[:-1]):
+        rows = rows * sizes[dim] + here.reshape([-1 if i == dim else 1 for i in range(len(index) - 1)])
+    columns = index[-1] if index else torch.zeros(1, dtype=torch.int64, device=like.device)
+    return (rows * (sizes[-1] if index else 1))[..., None], columns
+
+
 LOCAL = Local()
 
 
@@ -117,6 +134,10 @@ class Known:
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """Asks `over`."""
         return self.over.whole(fn, updates, views)
+
+    def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
+        """Asks `over`."""
+        return self.over.index(path, leaf)
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -37,8 +37,10 @@ from torch import Tensor
 
 from fmegatron import tree
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
-from fmegatron.optim.elementwise import Elementwise, plain
+from fmegatron.optim.elementwise import Elementwise, draws_of, plain
+from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
+from fmegatron.optim.packed import Draw, halved, joined, on_rows, pack
 from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -79,14 +81,25 @@ class FusedStep:
         """The same, compiled."""
         return torch.compile(self.kernel, fullgraph=True, options=dict(INDUCTOR))
 
+    @cached_property
+    def packed(self) -> dict[bool, tuple[Kernel, Kernel]]:
+        """{whether parameters are in halves: the kernel between formats, the same compiled}; what draws is not compiled."""
+        slots = [link.form.format(slot) for link in self.parts[2] for slot in link.form.slots]
+        kernels = {halves: pack(self.kernel, (HALVES if halves else SAME, *slots)) for halves in (False, True)}
+        if any(kind.draws for kind in slots):  # Inductor writes a hash out once for each of its uses: minutes
+            return {halves: (one, one) for halves, one in kernels.items()}
+        return {halves: (one, torch.compile(one, fullgraph=True, options=dict(INDUCTOR))) for halves, one in kernels.items()}
+
     def __call__(
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
         donate: bool = False, compile: bool = True,
     ) -> tuple[Tree, Tree]:
         """New params and state. Errors: ValueError for compile or donate under a torch.func transform."""
         if not (compile or donate):
-            updates, new = self.tx.update(grads, state, params, over=over)
-            return keep(ok, (apply_updates(params, updates), new), (params, state))
+            whole = joined(params)
+            updates, new = self.tx.update(grads, state, whole, over=over)
+            moved = apply_updates(whole, updates)
+            return keep(ok, (halved(moved) if isinstance(params, Split) else moved, new), (params, state))
         if not plain():
             raise ValueError("a compiled or donating optimizer step cannot run under vmap or grad: "
                              "pass compile=False, donate=False")
@@ -102,50 +115,66 @@ class FusedStep:
         states = list(state) if isinstance(self.tx.form, tuple) else [state]
         if by is not None and (head or factor):
             u, by = tree.map(lambda x: x * by, u), None
+        whole = joined(params) if head else None
         for i, link in enumerate(head):
-            u, new = link.update(u, states[i], params, over=over)
+            u, new = link.update(u, states[i], whole, over=over)
             states[i] = keep(ok, new, states[i])
         if factor is not None:
             by = factor.form.factor(u, over)
         if self.groups:
             params, states[-1] = self._by_group(u, states[-1], params, over, ok, donate, compile, by)
             return params, tuple(states) if isinstance(self.tx.form, tuple) else states[0]
-        leaves, spec = tree.flatten(params)
+        halves = isinstance(params, Split)
+        high = params.high if halves else params
+        leaves, spec = tree.flatten(high)
         if not leaves:
             return params, state
-        kernel = self.compiled if compile else self.kernel
         start = len(states) - len(tail)
         forms, old = [link.form for link in tail], states[start:]
-        slots = [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.slots]
+        arrays = [leaves, tree.leaves(params.low)] if halves else [leaves]
+        arrays += [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.arrays]
+        packed = halves or any(f.stored for f in forms)
+        eager, compiled = self.packed[halves] if packed else (self.kernel, self.compiled if compile else self.kernel)
+        kernel = compiled if compile else eager
+        draws = _draws(forms, old, high, over) if packed else []
 
         one = leaves[0].new_ones((), dtype=torch.float64)
         numbers = [one if by is None else by, one if ok is None else ok]
         numbers += [n for f, s in zip(forms, old, strict=True) if f.numbers for n in f.numbers(s["count"]).values()]
-        own = zip(*[f.each(params) for f in forms if f.each], strict=True) if any(f.each for f in forms) else None
+        own = zip(*[f.each(high) for f in forms if f.each], strict=True) if any(f.each for f in forms) else None
         vectors: dict[Any, Tensor] = {}
         results = []
         for i, (p, g) in enumerate(zip(leaves, tree.leaves(u), strict=True)):
             each = next(own) if own else ()
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            own_arrays = tuple(x[i] for x in arrays)
             if (each, dtype) not in vectors:  # few: with and without decay
                 vector = torch.stack([n.double() for n in numbers] + [one * e for e in each])
                 vectors[each, dtype] = vector.to(dtype)
-            results.append(_on_leaf(kernel, self.kernel, donate, g, vectors[each, dtype], (p, *(s[i] for s in slots))))
+            if packed:
+                results.append(on_rows(kernel, eager, donate, g, vectors[each, dtype], draws[i], own_arrays))
+            else:
+                results.append(_on_leaf(kernel, eager, donate, g, vectors[each, dtype], own_arrays))
 
-        new_slots = iter(range(1, len(slots) + 1))
+        made = [spec.unflatten(list(x)) for x in zip(*results, strict=True)]
+        params, rest = (Split(*made[:2]), iter(made[2:])) if halves else (made[0], iter(made[1:]))
         for i, (f, s) in enumerate(zip(forms, old, strict=True)):
-            count = {"count": s["count"] + (1 if ok is None else ok.long())} if f.numbers else {}
-            states[start + i] = count | {name: spec.unflatten([r[k] for r in results])
-                                         for name, k in zip(f.slots, new_slots, strict=False)}
-        new_state = tuple(states) if isinstance(self.tx.form, tuple) else states[0]
-        return spec.unflatten([r[0] for r in results]), new_state
+            count = {"count": s["count"] + (1 if ok is None else ok.long())} if f.counts else {}
+            states[start + i] = count | {name: next(rest) for name in f.arrays}
+        return params, tuple(states) if isinstance(self.tx.form, tuple) else states[0]
 
     def _by_group(
         self, u: Tree, state: Tree, params: Tree, over: Over, ok: Tensor | None, donate: bool, compile: bool, by: Tensor | None
     ) -> tuple[Tree, Tree]:
-        done = {label: self.groups[label]._in_one_pass(g, state[label], own, over, ok, donate, compile, by)
-                for label, (own, g) in _links(self.tx)[-1].form.split(params, u).items()}
-        return join([p for p, _ in done.values()], params), {label: new for label, (_, new) in done.items()}
+        form, halves = _links(self.tx)[-1].form, isinstance(params, Split)
+        parts = form.split(*params, u) if halves else form.split(params, u)
+        done = {label: self.groups[label]._in_one_pass(
+                    g, state[label], Split(*own) if halves else own[0], over, ok, donate, compile, by)
+                for label, (*own, g) in parts.items()}
+        new, made = {label: s for label, (_, s) in done.items()}, [p for p, _ in done.values()]
+        if not halves:
+            return join(made, params), new
+        return Split(join([p.high for p in made], params.high), join([p.low for p in made], params.low)), new
 
 
 def fuse(tx: Transform) -> FusedStep:
@@ -160,6 +189,22 @@ def keep(ok: Tensor | None, new: Tree, old: Tree) -> Tree:
 
 def _links(tx: Transform) -> tuple[Transform, ...]:
     return tx.form if isinstance(tx.form, tuple) else (tx,)
+
+
+def _draws(forms: list[Any], states: list[Tree], params: Tree, over: Over) -> list[Draw]:
+    """For each leaf: where its elements lie, and the keys of all arrays' roundings; the parameter's comes first."""
+    keys: list[list[Tensor]] = [[]]
+    places: Any = ()
+    for f, s in zip(forms, states, strict=True):
+        if not f.stored:
+            keys += [[]] * len(f.slots)
+            continue
+        draws = draws_of(s["count"], params, over)
+        keys, places = keys + [draws.keys(slot) for slot in f.slots], draws.places
+    n = len(tree.leaves(params))
+    none = tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
+    places = places or [("", none[None], none[None])] * n
+    return [(place[1], place[2], torch.stack([k[i] if k else none for k in keys])) for i, place in enumerate(places)]
 
 
 def _kernel(forms: tuple[Elementwise, ...]) -> Kernel:

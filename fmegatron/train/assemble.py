@@ -94,6 +94,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     c = setup.resumed(c)
     schedule = setup.schedule_of(c)
     tx = setup.optimizer_of(c, with_stages(model, own), schedule)
+    setup.check_moments(c, own, own_sh)
     params = setup.params_of(c, model, own, own_sh)
     t = c.training
     dtype, compiled = setup.dtype_of(c), setup.compiles(c, say, pipeline)

@@ -75,7 +75,7 @@ class Gradients:
             self.sums[path] = x.to(dtype)  # no copy of what may be a whole table; it may be seen elsewhere, so ...
             return
         if layer is None and path not in self.owned:
-            self.sums[path] = self.sums[path] + x  # ... the first sum is a new tensor, and is added to from then on
+            self.sums[path] = self.sums[path] + x.to(dtype)  # ... the first sum is a new tensor, and is added to from then on
             self.owned.add(path)
             return
         if path not in self.sums:

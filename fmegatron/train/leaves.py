@@ -18,6 +18,7 @@ from fmegatron import tree
 from fmegatron.models.layers import layer_paths
 from fmegatron.models.model import Model
 from fmegatron.nn.param import Param
+from fmegatron.optim.formats import Split, join, split
 from fmegatron.sharding import Placement, Sharding
 from fmegatron.sharding.bucket import Plan, run_together
 from fmegatron.sharding.relayout import plan_relayout, run
@@ -107,14 +108,17 @@ def add_moves(
     if model.moves is None:
         return params
     moves = model.moves({name.removeprefix("tap.sum."): x for name, x in metrics.items() if name.startswith("tap.sum.")})
-    values, spec = tree.flatten(params)
+    (values, spec), n = tree.flatten(params), len(leaves)
+    halves = isinstance(params, Split)  # all that are high, then all that are low
     for i, leaf in enumerate(leaves.values()):
         paths = layer_paths(leaf.path, leaf.param)
         if paths[0] in moves:
             move = torch.stack([moves[path] for path in paths]) if leaf.stacked else moves[paths[0]]
             whole = replace(leaf.optimizer, axes=((),) * len(leaf.optimizer.axes))
-            own = run(move.to(values[i].dtype), sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
-            values[i] = values[i] + torch.where(ok, own, torch.zeros_like(own))
+            old = join(values[i], values[n + i]) if halves else values[i]
+            own = run(move.to(old.dtype), sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
+            new = old + torch.where(ok, own, torch.zeros_like(own))
+            values[i :: n] = split(new) if halves else [new]
     return tree.unflatten(spec, values)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.models.layers import layer_paths
 from fmegatron.models.model import Model
+from fmegatron.optim.low_bit import decoded
+from fmegatron.optim.packed import joined
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.train.leaves import Leaf
 from fmegatron.train.state import Over, over_ranks
@@ -31,14 +33,14 @@ def watched(over: Over, whole: Model, before: Tree, grads: Tree, params: Tree, o
     "parameters": these norms for each parameter too, PATH with the layer's number in place of global.
     """
     watch = over.sh.watch
-    new = tree.to_paths(params)
+    new, before = tree.to_paths(joined(params)), joined(before)
     trees: dict[str, Leaves] = {}
     if watch & {"norms", "optimizer"}:
         trees["param"] = new
     if "optimizer" in watch:
         trees["grad"] = tree.to_paths(grads)
         trees["update"] = {path: x - new[path] for path, x in tree.to_paths(before).items()}
-        slots = slots_of(opt_state, new)
+        slots = slots_of(decoded(opt_state), new)
         trees |= slots
     if not trees:
         return {}

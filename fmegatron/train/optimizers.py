@@ -128,7 +128,10 @@ def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
         tx: Transform = build(schedule, **{**given, **arguments})
     except TypeError as error:
         raise ConfigError(f"optimizer.arguments: {error}") from None
-    return tx
+    try:
+        return optim.in_formats(tx, o.mu_dtype, o.nu_dtype)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.name = {o.name}: {error}") from None
 
 
 def _clip(text: str) -> Any:

@@ -1,6 +1,6 @@
 """What a step computes, sums and keeps its numbers in; and the scale of the loss that fp16 needs.
 
-    parameters at rest    fp32; or bf16 and, where the optimizer holds them, the 16 bits that make them fp32 (remainder.py)
+    parameters at rest    fp32; or bf16 and, where the optimizer holds them, the 16 bits that make them fp32 (optim/formats.py)
     in use                cast to `dtype`: fp32, bf16, fp16
     gradients             summed over microbatches in `accumulate`, at least fp32 unless said otherwise
     loss scale            dynamic, constant, or none; seeds of the backward are multiplied by it, gradients divided
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmegatron.optim.formats import Split
+from fmegatron.optim.fuse import keep
+from fmegatron.optim.packed import halved
 from fmegatron.tree import Tree
 
 
@@ -76,34 +79,52 @@ def constant_scale(scale: float) -> LossScale:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run keeps beside parameters and optimizer. accumulate: dtype of gradient sums; None: the parameters', at least
-    fp32. remainder: parameters at rest are bf16, and the optimizer's fp32 is them and 16 bits more."""
+    """What a run keeps beside parameters and optimizer state, under `TrainState.precision`.
+
+    accumulate: dtype of gradient sums; None: the parameters', at least fp32. remainder: parameters at rest are bf16, and
+    the optimizer's fp32 parameters are these and 16 bits more, exactly.
+    """
 
     loss_scale: LossScale | None = None
     accumulate: torch.dtype | None = None
+    remainder: bool = False
 
-    def init(self, zero: Tensor) -> Tree:
-        """The state's `precision`, made from `zero` (0-D int64)."""
-        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.init(zero)}
+    def init(self, zero: Tensor, master: Tree) -> Tree:
+        """The first state, from a 0-D int64 zero and the fp32 parameters as the optimizer holds them."""
+        kept = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.init(zero)}
+        return {**kept, "remainder": halved(master).low} if self.remainder else kept
+
+    def at_rest(self, params: Tree) -> Tree:
+        """fp32 parameters as they are stored."""
+        return halved(params).high if self.remainder else params
 
     def scale(self, state: Tree) -> Tensor | None:
         """The factor on this step's loss, 0-D fp32; None: 1."""
         return state["loss_scale"]["scale"] if self.loss_scale is not None else None
 
-    def update(self, state: Tree, finite: Tensor) -> Tree:
-        """The state's `precision` after a step."""
-        if self.loss_scale is None:
-            return state
-        return {**state, "loss_scale": self.loss_scale.update(state["loss_scale"], finite)}
+    def master(self, params: Tree, state: Tree) -> Tree:
+        """What the optimizer changes: the parameters, with their other halves where these are apart."""
+        return Split(params, state["remainder"]) if self.remainder else params
+
+    def update(self, state: Tree, finite: Tensor, allowed: Tensor, master: Tree) -> tuple[Tree, Tree]:
+        """(parameters, state) after a step whose gradients were finite or not; not allowed: the loss scale is as it was."""
+        if self.loss_scale is not None:
+            old = state["loss_scale"]
+            state = {**state, "loss_scale": keep(allowed, self.loss_scale.update(old, finite), old)}
+        return (master.high, {**state, "remainder": master.low}) if self.remainder else (master, state)
 
     def sums(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which gradients of parameters of `dtype` are summed."""
         return self.accumulate or torch.promote_types(dtype, torch.float32)
 
-    def check(self, dtype: torch.dtype | None) -> None:
-        """ValueError where a computation in `dtype` would lose its gradients."""
+    def check(self, dtype: torch.dtype | None, semisync: bool = False) -> None:
+        """ValueError where a computation in `dtype` would lose its gradients, or show more bits than there are."""
         if dtype == torch.float16 and self.loss_scale is None:
             raise ValueError("dtype = float16 without a loss scale: small gradients would vanish; give Precision(LossScale())")
+        if self.remainder and dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype = {dtype} with remainders: parameters at rest are bfloat16, compute in that")
+        if self.remainder and semisync:
+            raise ValueError("parameters in bf16 and remainders cannot be averaged over replicas that go apart: keep them fp32")
 
 
 PLAIN = Precision()

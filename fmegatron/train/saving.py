@@ -30,9 +30,11 @@ from fmegatron.models import layers
 from fmegatron.models.model import Model
 from fmegatron.nn.param import Param, matrix
 from fmegatron.optim.adafactor import inputs, outputs
+from fmegatron.optim.formats import blocks
 from fmegatron.sharding import Mesh, Placement, Sharding
 from fmegatron.sharding.apart import replicas
 from fmegatron.sharding.chunks import Chunks, chunks_of
+from fmegatron.sharding.placement import Sizes
 from fmegatron.train import checkpoint, lifted
 from fmegatron.train.leaves import Leaf, plan_leaves
 from fmegatron.train.pipeline.stages import Placed
@@ -164,6 +166,7 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
         return lifted.lift(own, count, copies)
     leaves = plan_leaves(model, sh)
     out = _params(state.params, model, sh, copies)
+    sizes: Sizes = {**model.sizes, "one": 1} | {f"{name}_blocks": blocks(sh.true_size(name)) for name in model.sizes}
     beside = [("opt", state.opt_state), ("precision", state.precision)]
     for path, x in [(f"{root}.{path}", x) for root, kept in beside for path, x in _named(kept)]:
         leaf = _mirrored(path, leaves)
@@ -172,7 +175,7 @@ def items(model: Model, sh: Sharding, state: TrainState, *, copies: bool = False
         else:
             prefix = path.removesuffix(leaf.path)
             declared, place = _factored(prefix.split(".")[-2], leaf)
-            by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, {**model.sizes, "one": 1}, sh.mesh, copies)
+            by_layer = layers.leaf_by_layer(leaf.path, declared, x, place, sizes, sh.mesh, copies)
             out |= {prefix + key: chunks for key, chunks in by_layer.items()}
     out |= _outer(state.outer, model, sh, leaves, copies)
     return out | {name: _everywhere(getattr(state, name), sh.mesh, copies) for name in COUNTERS}
@@ -230,8 +233,11 @@ def _mirrored(path: str, leaves: Mapping[str, T]) -> T | None:
 
 
 def _factored(slot: str, leaf: Leaf) -> tuple[Param, Placement]:
-    """How a state's leaf lies: as its parameter; of Adafactor's means, with size 1 in the dims that they are over."""
+    """How a state's leaf lies: as its parameter; of Adafactor's means, with size 1 in the dims that they are over; of
+    moments' exponents, with a last dim of blocks."""
     view = matrix(leaf.param)
+    if slot.endswith("_shift"):
+        return replace(leaf.param, names=f"{leaf.param.names}_blocks"), leaf.optimizer
     if view is None or slot not in ("rows", "cols"):
         return leaf.param, leaf.optimizer
     names = leaf.param.names.split()

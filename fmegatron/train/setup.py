@@ -25,9 +25,11 @@ from fmegatron.data import tokenizers
 from fmegatron.models import Model, hf
 from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
+from fmegatron.optim.formats import BLOCK
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import step_flops
+from fmegatron.train.leaves import plan_leaves
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import outer_of
@@ -35,7 +37,7 @@ from fmegatron.train.optimizers import resumed as resumed
 from fmegatron.train.optimizers import schedule_of as schedule_of
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
 from fmegatron.train.pipeline.schedules import make_schedule
-from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.pipeline.stages import Pipeline, without_pp
 from fmegatron.train.precision import LossScale, Precision, constant_scale
 from fmegatron.train.saving import DTYPES
 from fmegatron.train.semisync import SemiSync
@@ -273,7 +275,24 @@ def precision_of(c: RunConfig) -> Precision:
             scale = constant_scale(float(wanted))
     except ValueError as error:
         raise ConfigError(f"training: {error}") from None
-    return Precision(scale, None if t.accumulate_dtype == "fp32" else DTYPES[t.accumulate_dtype])
+    sums = None if t.accumulate_dtype == "fp32" else DTYPES[t.accumulate_dtype]
+    return Precision(scale, sums, remainder=t.param_dtype == "bf16")
+
+
+def check_moments(c: RunConfig, model: Model, sh: Sharding) -> None:
+    """ConfigError where moments in blocks would be cut inside a block."""
+    o = c.optimizer
+    if not {"fp16", "fp8"} & {o.mu_dtype, o.nu_dtype}:
+        return
+    sh = without_pp(sh).bind(model.sizes)
+    for path, leaf in plan_leaves(model, sh).items():
+        *_, name = leaf.optimizer.names
+        ranks = math.prod(sh.mesh[axis].size for axis in leaf.optimizer.axes[-1])
+        if ranks > 1 and (here := sh.size(name) // ranks) % BLOCK:
+            raise ConfigError(
+                f"optimizer.mu_dtype, nu_dtype: fp16 and fp8 lie in blocks of {BLOCK}, and {path} has {here} of {name} on "
+                "a rank: use bf16, or rules that cut another dim"
+            )
 
 
 def gradient_settings_of(c: RunConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fmegatron import random, tree
 from fmegatron.models.model import Model
 from fmegatron.nn import param
 from fmegatron.optim import Transform
-from fmegatron.optim.base import Dims, Views
+from fmegatron.optim.base import Dims, Views, rows_and_columns
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
@@ -71,8 +71,8 @@ def init(
         zero = tree.leaves(own)[0].new_zeros((), dtype=torch.int64)
         held = to_optimizer(leaves, own, here)
         key = seed.to(like.device) + zero
-        kept, outer = precision.init(zero), meeting.outer(held)
-        return TrainState(zero, own, tx.init(held), key, zero.clone(), zero.clone(), kept, outer)
+        kept, outer = precision.init(zero, held), meeting.outer(held)
+        return TrainState(zero, precision.at_rest(own), tx.init(held), key, zero.clone(), zero.clone(), kept, outer)
 
     like = torch.zeros(sh.mesh.size if sh.mesh.stacked else (), device=sh.mesh.device)
     return spmd(meeting.sh, on_rank)(like, params)
@@ -149,6 +149,15 @@ class Over:
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """fn of all leaves' whole matrices, shared out over the ranks."""
         return on_matrices(self.sh, self.leaves, fn, updates, views)
+
+    def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
+        """A leaf's name without its run, and its elements' global index, layers by their global numbers."""
+        declared, place = self.leaves[path].param, self.leaves[path].optimizer
+        sh = self.sh if declared.layers is None else self.sh.bind({"layers": declared.layers})
+        name, first = param.canonical(path, declared)
+        index = [sh.slice_index(dim, axes, leaf) for dim, axes in zip(place.names, place.axes, strict=True)]
+        index = [x + first if dim == 0 else x for dim, x in enumerate(index)]
+        return name, *rows_and_columns(index, declared.true_shape(sh.sizes), leaf)
 
 
 def over_ranks(sh: Sharding, x: Tensor, op: type[Psum] | type[Pmax]) -> Tensor:

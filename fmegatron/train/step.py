@@ -21,7 +21,6 @@ from fmegatron import random, tree
 from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
-from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
@@ -116,7 +115,7 @@ def plan_step(
     semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica. kernels: see
     docs/kernels.md.
     """
-    precision.check(dtype)
+    precision.check(dtype, semisync is not None)
     every, sh = sh, inside(sh)
     placed = None
     if pipeline is not None:
@@ -262,7 +261,7 @@ def step_on_rank(
         over = replace(over, every=plan.placed.every(sh), elsewhere=plan.placed.elsewhere)
     norm = over.norm(grads)
     metrics["grad_norm"] = norm
-    metrics |= {} if scale is None else {"loss_scale": scale}
+    metrics |= {} if scale is None else {"loss_scale": scale.clone()}
     metrics |= {"zeros": over.zeros(grads)} if plan.count_zeros or "norms" in sh.watch else {}
     mark("forward_backward")
     over, finite = Known(over, grads, norm), torch.isfinite(norm)
@@ -273,12 +272,14 @@ def step_on_rank(
     ok = meeting.everywhere(every, ok) if limits else ok
     held = (to_optimizer(plan.leaves, state.params, sh), state.opt_state, state.outer)
     old, opt_state, outer = meeting.before(every, clock, held)
-    before = tree.map(torch.clone, old) if donate and "optimizer" in sh.watch else old
+    master = plan.precision.master(old, state.precision)
+    before = tree.map(torch.clone, master) if donate and "optimizer" in sh.watch else master
     compiled = isinstance(plan.compiled, Compiled)
-    params, opt_state = finish(grads, opt_state, old, over=over, ok=ok, donate=donate, compile=compiled)
+    master, opt_state = finish(grads, opt_state, master, over=over, ok=ok, donate=donate, compile=compiled)
     if sh.watch:
-        metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, params, opt_state)
-    params = add_moves(model, plan.leaves, params, metrics, ok, sh)
+        metrics |= watched(over.over, plan.placed.whole if plan.placed else model, before, grads, master, opt_state)
+    master = add_moves(model, plan.leaves, master, metrics, ok, sh)
+    params, kept = plan.precision.update(state.precision, finite, allowed, master)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
     if limits and meeting.due(clock):  # what is refused is to be run again from where it was, and not from the mean
         params, opt_state, outer = keep(ok, (params, opt_state, outer), held)
@@ -290,7 +291,7 @@ def step_on_rank(
         key=state.key,
         consumed=state.consumed + rows_of(batch) * shards_of_batch(every),
         skipped=state.skipped + (~ok).long(),
-        precision=keep(allowed, plan.precision.update(state.precision, finite), state.precision),
+        precision=kept,
         outer=outer,
     )
     mark("optimizer")

@@ -11,15 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmegatron import optim
+from fmegatron import optim, tree
 from fmegatron.models.gpt import Config, gpt
-from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
+from fmegatron.optim import Split
+from fmegatron.optim.packed import joined
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, spmd, thread_mesh, virtual_mesh
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.leaves import to_optimizer
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.precision import LossScale, Precision, constant_scale
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step, plan_step, value_and_grad
 
 torch.set_num_threads(1)
 
@@ -164,3 +167,43 @@ def test_zeros_are_those_of_the_gradient():
     _, records, _ = train(net, optim.sgd(0.0), SINGLE, steps=1, count_zeros=True)
     unused = 300 - len(batch()["tokens"].unique())
     assert records[0]["zeros"] == unused * 16 and unused > 250
+
+
+# -- parameters in halves --------------------------------------------------------------------------------------------
+HALVES = Precision(remainder=True)
+
+
+@pytest.mark.parametrize("rules, sizes", [("zero1", {"dp": 2}), ("fsdp_tp_sp", {"dp": 2, "tp": 2})])
+def test_bf16_and_remainders_are_a_master_in_fp32(rules, sizes):
+    """The same gradients give the same fp32 parameters, to the bit, as when these are kept whole."""
+    sh, tx, net = Sharding(virtual_mesh(**sizes), RULES[rules]), adamw(), model()
+    plan, state, plain = plan_step(net, sh), init(net, tx, sh, precision=HALVES), init(net, tx, sh)
+    assert all(x.dtype == torch.bfloat16 for x in tree.leaves(state.params))
+    steps = make_step(net, tx, sh, dtype=torch.bfloat16, precision=HALVES), make_step(net, tx, sh, dtype=torch.bfloat16)
+    local = {name: shard(plan.sh, x, NAMES[name]) for name, x in batch().items()}
+    for _ in range(2):  # in use both are the nearest bf16 of the same fp32
+        state, metrics = steps[0](state, local)
+        plain, expected = steps[1](plain, local)
+        assert torch.equal(metrics["loss"], expected["loss"])
+
+    def whole(here, params, low=None):
+        master = to_optimizer(plan.leaves, params, here)
+        return master if low is None else joined(Split(master, low))
+
+    got = spmd(plan.sh, whole)(state.params, state.precision["remainder"])
+    for a, b in zip(tree.leaves(got), tree.leaves(spmd(plan.sh, whole)(plain.params)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_halves_are_computed_with_in_bf16_only():
+    with pytest.raises(ValueError, match="float32 with remainders"):
+        plan_step(model(), SINGLE, dtype=torch.float32, precision=HALVES)
+
+
+def test_gradients_sum_in_the_chosen_dtype():
+    for precision, dtype in ((Precision(accumulate=torch.bfloat16), torch.bfloat16), (HALVES, torch.float32)):
+        plan = plan_step(model(), SINGLE, microbatches=2, precision=precision)
+        state = init(model(), adamw(), SINGLE, precision=precision)
+        data = {name: x.float() if x.is_floating_point() else x for name, x in batch().items()}
+        grads, _ = value_and_grad(plan, plan.sh, state.params, data)
+        assert {x.dtype for x in tree.leaves(grads)} == {dtype}
