@@ -43,7 +43,7 @@ def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
             held.append(arrays[at : at + len(kind.suffixes)])
             at += len(kind.suffixes)
         made = kernel(False, g, vector, *(kind.load(*own) for kind, own in zip(kinds, held, strict=True)))
-        index, ok, new = rows + columns, vector[1] > 0, []
+        index, ok, new = rows + columns, vector[1] > 0, list[Tensor]()
         for i, (kind, x) in enumerate(zip(kinds, made, strict=True)):
             new += kind.store(x, random.bits(keys[i], index).reshape(x.shape) if kind.draws else index)
         chosen = [torch.where(ok, a, b) for a, b in zip(new, arrays, strict=True)]
