@@ -21,6 +21,7 @@ from fmegatron import random, tree
 from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
 from fmegatron.optim import Known, Transform, fuse
+from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
