@@ -13,7 +13,7 @@ from fmegatron.config import RunConfig
 from fmegatron.data.place import reading, shards_of
 from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
-from fmegatron.train import setup
+from fmegatron.train import setup, setup_precision
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.meeting import make_average
 from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
@@ -94,7 +94,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     c = setup.resumed(c)
     schedule = setup.schedule_of(c)
     tx = setup.optimizer_of(c, with_stages(model, own), schedule)
-    setup.check_moments(c, own, own_sh)
+    setup_precision.check_moments(c, own, own_sh)
     params = setup.params_of(c, model, own, own_sh)
     t = c.training
     dtype, compiled = setup.dtype_of(c), setup.compiles(c, say, pipeline)
@@ -108,7 +108,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         dtype=dtype,
         prefetch=t.prefetch,
         **setup.data_axes_of(c),
-        **setup.gradient_settings_of(c),
+        **setup_precision.gradient_settings_of(c),
         pipeline=pipeline,
         semisync=semisync,
         donate=t.donate and mesh.kind != "virtual",
@@ -117,7 +117,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
 
     def start(given: Tree) -> TrainState:
-        kept: dict[str, Any] = {"precision": setup.precision_of(c), "semisync": semisync}
+        kept: dict[str, Any] = {"precision": setup_precision.precision_of(c), "semisync": semisync}
         return init(own, tx, own_sh, c.run.seed, params if given is None else given, **kept)
 
     return Parts(

@@ -25,11 +25,9 @@ from fmegatron.data import tokenizers
 from fmegatron.models import Model, hf
 from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
-from fmegatron.optim.formats import BLOCK
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import step_flops
-from fmegatron.train.leaves import plan_leaves
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import outer_of
@@ -37,8 +35,7 @@ from fmegatron.train.optimizers import resumed as resumed
 from fmegatron.train.optimizers import schedule_of as schedule_of
 from fmegatron.train.pipeline.layout import parse_layout, split_layers
 from fmegatron.train.pipeline.schedules import make_schedule
-from fmegatron.train.pipeline.stages import Pipeline, without_pp
-from fmegatron.train.precision import LossScale, Precision, constant_scale
+from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.saving import DTYPES
 from fmegatron.train.semisync import SemiSync
 from fmegatron.train.source import Source
@@ -260,44 +257,6 @@ def check_sequence(c: RunConfig, sh: Sharding) -> None:
 def dtype_of(c: RunConfig) -> torch.dtype | None:
     """The dtype of the computation; None is that of the parameters."""
     return DTYPES[c.training.dtype] if c.training.dtype != "fp32" else None
-
-
-def precision_of(c: RunConfig) -> Precision:
-    """What the state keeps beside parameters, and the dtype of gradient sums."""
-    t = c.training
-    scale = None
-    wanted = t.loss_scale or ("dynamic" if t.dtype == "fp16" else "off")
-    try:
-        if wanted == "dynamic":
-            settings = (t.initial_loss_scale, t.loss_scale_window, t.hysteresis, t.min_loss_scale)
-            scale = LossScale(*settings, t.loss_scale_growth, t.loss_scale_backoff)
-        elif wanted != "off":
-            scale = constant_scale(float(wanted))
-    except ValueError as error:
-        raise ConfigError(f"training: {error}") from None
-    sums = None if t.accumulate_dtype == "fp32" else DTYPES[t.accumulate_dtype]
-    return Precision(scale, sums, remainder=t.param_dtype == "bf16")
-
-
-def check_moments(c: RunConfig, model: Model, sh: Sharding) -> None:
-    """ConfigError where moments in blocks would be cut inside a block."""
-    o = c.optimizer
-    if not {"fp16", "fp8"} & {o.mu_dtype, o.nu_dtype}:
-        return
-    sh = without_pp(sh).bind(model.sizes)
-    for path, leaf in plan_leaves(model, sh).items():
-        *_, name = leaf.optimizer.names
-        ranks = math.prod(sh.mesh[axis].size for axis in leaf.optimizer.axes[-1])
-        if ranks > 1 and (here := sh.size(name) // ranks) % BLOCK:
-            raise ConfigError(
-                f"optimizer.mu_dtype, nu_dtype: fp16 and fp8 lie in blocks of {BLOCK}, and {path} has {here} of {name} on "
-                "a rank: use bf16, or rules that cut another dim"
-            )
-
-
-def gradient_settings_of(c: RunConfig) -> dict[str, Any]:
-    """Settings of `plan_step` about when a step counts."""
-    return {"precision": precision_of(c), "skip_norm": c.training.skip_norm, "count_zeros": c.training.count_zeros}
 
 
 def data_axes_of(c: RunConfig) -> dict[str, Any]:
