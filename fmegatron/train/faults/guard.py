@@ -142,7 +142,8 @@ class Guard:
         def vote(flag: bool) -> bool:
             return any_rank(flag, device=self.mesh.device)
 
-        overflows = self.config.training.dtype == "fp16"
+        t = self.config.training
+        overflows = t.loss_scale == "dynamic" or (t.loss_scale is None and t.dtype == "fp16")
         return judged(
             self._run, state, batch, self.watch, f, number, devices=self.devices, any_rank=vote, overflows=overflows
         )
