@@ -4,6 +4,7 @@
 # make test-versions  the tests on every other Python that is present; make test-versions TORCH=torch==2.11.0
 # make test-wheel     builds the wheel, installs it in an empty environment, trains a few steps
 # make equivalence    every preset on every mesh of 8 ranks against one device: a table and a picture
+# make soak           runs that are killed at random moments until 60 kills are survived, see tests/faults/soak.py; ARGS=200
 # make bench          benchmarks/, side by side with peers
 # make clean
 #
@@ -36,7 +37,7 @@ CORE := $(VENV)/installed-$(CHOICE)
 TEST := $(VENV)/installed-$(CHOICE)-test
 BENCH := $(VENV)/installed-$(CHOICE)-bench
 
-.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench equivalence clean constraints
+.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench equivalence soak clean constraints
 train: $(CORE)
 	$(BIN)/fmegatron train quickstart $(ARGS)
 
@@ -82,6 +83,9 @@ bench: $(BENCH)
 
 equivalence: $(TEST)
 	$(BIN)/python experiments/equivalence/equivalence.py $(ARGS)
+
+soak: $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -88,10 +88,24 @@ def make_mesh(device: str | None = None, **sizes: int) -> Mesh:
     if not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        _start_group("nccl" if device == "cuda" else "gloo")
     grid = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     groups = {name: Group(grid.get_group(name).group_name, grid.get_local_rank(name)) for name in sizes}
     return Mesh("device", _axes(sizes, groups), rank=dist.get_rank(), device=device)
+
+
+def _start_group(backend: str) -> None:
+    """Start the process group; after a restart by torchrun under keys of its own.
+
+    torch 2.13's agent keeps one store over all restarts, with the addresses of killed processes still in it. Nodes count
+    their restarts each for itself, so this is for one node; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is torch's way.
+    """
+    restart, one_node = (os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE"))
+    if restart in (None, "0") or one_node != os.environ.get("WORLD_SIZE"):
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
 
 
 def virtual_mesh(**sizes: int) -> Mesh:

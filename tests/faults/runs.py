@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # what several processes import when they first talk: once, here
 
 from fmegatron import config
 from fmegatron.train import loop
@@ -65,14 +66,19 @@ def start(folder: Path, environment: Mapping[str, str] = MappingProxyType({}), *
 
     def child() -> None:
         os.environ.update(environment)
-        sys.stdout = sys.stderr = open(f"{folder}.log", "a", buffering=1)
-        for stream in (1, 2):
-            os.dup2(sys.stdout.fileno(), stream)
+        speak(folder)
         train(folder, **groups)
 
     process = FORK.Process(target=child)
     process.start()
     return process
+
+
+def speak(folder: Path) -> None:
+    """This process and those that it starts write to DIR.log."""
+    sys.stdout = sys.stderr = open(f"{folder}.log", "a", buffering=1)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
 
 
 def ranks(folder: Path, count: int = 2, **groups: dict[str, Any]) -> list[Any]:

@@ -13,18 +13,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import same_run, start, table
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fmegatron import toml
-from fmegatron.config import RunConfig
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import FORK, same_run, speak, start, train
 
 
 def killed_until_done(folder: Path, seconds: float, rng: random.Random, kills: int = 10**6, **groups: Any) -> int:
@@ -52,29 +50,33 @@ def seconds_of(folder: Path, **groups: Any) -> float:
 
 
 def torchrun(folder: Path, restarts: int, rng: random.Random, kills: int = 0, **groups: Any) -> int:
-    """Two processes under torchrun; a random one is killed at random moments, torchrun starts both again. The kills."""
-    here = Path(__file__).parent
-    run = toml.update(RunConfig(), table(folder, mesh={"dp": 2}, **groups), "soak")
-    file = folder.with_suffix(".toml")
-    file.write_text(toml.dumps(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-               str(restarts), "--monitor-interval", "0.1", "-m", "fmegatron", "train", str(file)]  # fmt: skip
-    paths = os.pathsep.join([str(here), str(here.parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    log = open(f"{folder}.log", "a")
-    whole = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    count, steps = 0, 0
-    while whole.poll() is None:
-        time.sleep(rng.uniform(0.0, 0.3))
-        done = len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").is_file() else 0
-        if count < kills and done > steps:  # it has gone on since the last kill
-            workers = [int(p) for p in children(whole.pid)]
-            if len(workers) == 2:
-                steps = done
-                os.kill(rng.choice(workers), signal.SIGKILL)
-                count += 1
-    assert whole.returncode == 0, Path(f"{folder}.log").read_text()[-3000:]
+    """Two processes under torchrun's agent; random ones are killed at random moments, it starts both again. The kills."""
+    whole = FORK.Process(target=_agent, args=(folder, restarts, {"mesh": {"dp": 2}, **groups}))
+    whole.start()
+    count, steps, metrics = 0, 0, folder / "metrics.jsonl"
+    while whole.exitcode is None:
+        whole.join(rng.uniform(0.0, 0.2) if kills else None)
+        done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        workers = children(whole.pid)
+        if count < kills and done > steps and len(workers) == 2:  # it has gone on since the last kill
+            steps, count = done, count + 1
+            os.kill(int(rng.choice(workers)), signal.SIGKILL)
+    assert whole.exitcode == 0, Path(f"{folder}.log").read_text()[-3000:]
     return count
+
+
+def _agent(folder: Path, restarts: int, groups: dict[str, Any]) -> None:
+    """What torchrun runs, with workers that are forks of this process: they need no imports."""
+    speak(folder)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=folder.name, max_restarts=restarts, monitor_interval=0.1,
+        start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(config, _worker)(folder, groups)
+
+
+def _worker(folder: Path, groups: dict[str, Any]) -> None:
+    train(folder, **groups)
 
 
 def children(pid: int) -> list[str]:

@@ -45,7 +45,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def judge(*faults, c=RERUN, watch=Watch(), devices=("a/0",), number=5):
+NEW = Watch()
+
+
+def judge(*faults, c=RERUN, watch=NEW, devices=("a/0",), number=5):
     run = injected(plain, parse(faults), rank=0, devices=devices)
     return judged(run, init(MODEL, TX, SINGLE), batch(), watch, c, number, devices=devices)
 

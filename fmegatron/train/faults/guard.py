@@ -123,7 +123,8 @@ class Guard:
             self.pulse.at("step", number)
             outcome = self._judged(state, batch, number)
         stalled = self.launches.take_stalled() if self._stragglers.every else 0.0
-        self._stragglers.add(time.perf_counter() - got, stalled, got - start)
+        if self.pulse.steps:  # the first step compiles, and warms up
+            self._stragglers.add(time.perf_counter() - got, stalled, got - start)
         self.pulse.steps += 1
         self.pulse.at("report", number)
         for line in (self._stragglers.report(number), outcome.said):

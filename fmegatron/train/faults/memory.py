@@ -57,7 +57,7 @@ def tensors() -> list[str]:
     bytes_of: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     seen = set()
     for x in gc.get_objects():
-        if not isinstance(x, Tensor) or type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided:
             continue
         store = x.untyped_storage()
         if (key := (str(x.device), store.data_ptr())) in seen:

@@ -53,11 +53,11 @@ class Stragglers:
 def describe(
     own: Sequence[float], data: Sequence[float], devices: Sequence[str], ratio: float, number: int, steps: int
 ) -> str:
-    """The ranks whose own time, or whose wait for data, is `ratio` times the median of all ranks, slowest first; "" if none."""
+    """The ranks whose own time, or whose wait for data, is `ratio` times the (lower) median's, slowest first; "" if none."""
     found = []
     for times, what in ((own, "own time"), (data, "wait for data")):
-        middle = statistics.median(times)
-        total = statistics.median(own) + statistics.median(data)
+        middle = statistics.median_low(times)
+        total = statistics.median_low(own) + statistics.median_low(data)
         slow = [rank for rank, t in enumerate(times) if t > ratio * middle and t - middle > (ratio - 1) * total]
         for rank in sorted(slow, key=lambda rank: -times[rank]):
             much = f"{times[rank] / middle:.2f} times the median" if middle else "the median is 0"
