@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fmegatron.sharding.transports import Abstract, Group, Hub, Stacked, Threads, Transport
 
@@ -104,8 +106,8 @@ def _start_group(backend: str) -> None:
     if restart in (None, "0") or one_node != os.environ.get("WORLD_SIZE"):
         dist.init_process_group(backend)
         return
-    store, rank, world = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
 
 
 def virtual_mesh(**sizes: int) -> Mesh:
