@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fmegatron import config_precision, toml
 from fmegatron.config_faults import Faults
+from fmegatron.config_monitors import Log, Monitors, Profile, Validation
 from fmegatron.config_semisync import SemiSync
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
@@ -216,23 +217,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Loss on held-out text."""
-
-    interval: int = option(100, "steps between validations; 0: only at the end", at_least=0)
-    batches: int = option(8, "batches of each validation", at_least=1)
-
-
-@dataclass(frozen=True)
-class Log:
-    """What is told while it trains. metrics.jsonl is always written, one object a step."""
-
-    every: int = option(10, "steps between printed lines where there is no terminal for the bar", at_least=1)
-    tensorboard: bool = option(False, "write events for TensorBoard")
-    prompt: str = option("def ", "start of the text generated at the end")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -250,6 +234,8 @@ class RunConfig:
     validation: Validation = Validation()
     log: Log = Log()
     faults: Faults = Faults()
+    monitors: Monitors = Monitors()
+    profile: Profile = Profile()
 
     def __post_init__(self) -> None:
         batch, parts = self.training.global_batch, self.training.microbatches
@@ -261,6 +247,9 @@ class RunConfig:
             raise ValueError("training.compile = true: a mesh.virtual runs eager, drop one of the two")
         if self.mesh.threads and not self.mesh.virtual:
             raise ValueError("mesh.threads = true needs mesh.virtual = true")
+        if self.profile.steps and self.profile.steps[1] > self.training.steps:
+            said = f"profile.steps = {list(self.profile.steps)}: the run has {self.training.steps} steps"
+            raise ValueError(f"{said}, so the last to trace is at most that")
         if self.model.hf and self.model.function:
             raise ValueError("model.hf and model.function are both set: a run has one model")
 

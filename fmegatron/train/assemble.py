@@ -15,17 +15,19 @@ from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import setup, setup_precision
 from fmegatron.train.evaluate import make_evaluate
+from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
 from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
 from fmegatron.train.replicas import make_check
 from fmegatron.train.resume import Resume
-from fmegatron.train.source import Source, source_of, tokenizer_file
+from fmegatron.train.source import Source, sets, source_of, tokenizer_file
 from fmegatron.train.state import TrainState, init
 from fmegatron.train.step import make_step
+from fmegatron.train.unigram import unigram_of
 from fmegatron.tree import Tree
 
 OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard",
-        "heartbeat", "stragglers.jsonl")  # fmt: skip
+        "heartbeat", "stragglers.jsonl", "run.json", "report.html", "traces", "wandb", "wandb-id")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class Parts:
         meta = {"config": toml.dumps(self.config), "tokenizer": tokenizer_file(self.source)}
         return meta | {"model": self.plain}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says: plain data."""
+        mesh, c = self.sh.mesh, self.config
+        model = {"name": c.model.hf or c.model.function or c.model.preset, "parameters": self.model.count()}
+        how = {"kind": mesh.kind, "axes": mesh.sizes, "rules": self.sh.rules.name, "compiled": self.compiled}
+        flops = setup.flops_of(self.model, c.data.seq, c.training.global_batch)
+        return {"model": model, "mesh": how, "flops_per_step": flops, "environment": environment(mesh.device)}
+
     def describe(self) -> str:
         """What will run, in one line."""
         c, mesh = self.config, self.sh.mesh
@@ -87,7 +98,8 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
     source = setup.on_first(mesh, lambda: source_of(c, say))
-    model = setup.model_of(c, source)
+    model, term_weights = unigram_of(c, source, setup.model_of(c, source))
+    sets(c, source)
     pipeline = setup.pipeline_of(c, model)
     placed = None if pipeline is None else place_pipeline(pipeline, model, mesh)
     own, own_sh = (model, sh) if placed is None else (placed.model, without_pp(sh))
@@ -107,6 +119,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         compile=compiled,
         dtype=dtype,
         prefetch=t.prefetch,
+        term_weights=term_weights,
         **setup.data_axes_of(c),
         **setup_precision.gradient_settings_of(c),
         pipeline=pipeline,

@@ -139,8 +139,9 @@ def forward(
 
 def differentiate(
     node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str], again: bool = False
-) -> tuple[Values, frozenset[str], Pullback]:
-    """A node's values, the names among them that depend on parameters, and its pullback. again: nothing is watched."""
+) -> tuple[Values, frozenset[str], Pullback | None]:
+    """A node's values, the names among them that depend on parameters, and its pullback (None: nothing does). again: nothing
+    is watched."""
     key = None if step.key is None else random.fold_in(step.key, node.index)
     wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
     rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
@@ -153,6 +154,8 @@ def differentiate(
         out = node.fn(sh.tapping(taps), wrt["own"], {**rest["reads"], **wrt["reads"]}, rest["key"])
         return {**out, **{f"tap.{op}.{name}": x for name, (op, x) in taps.items()}}
 
+    if not tree.leaves(wrt):
+        return block(wrt, rest), frozenset(), None
     engine = step.engine.light if node.light else step.engine
     how = (step.sh.recompute, step.sh.chunks, step.sh.kernels, inside.watch)
     return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, *how))
@@ -207,6 +210,7 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
     for i in range(parts):
         part = {name: x.narrow(1, i * (length // parts), length // parts).contiguous() for name, x in reads.items()}
         out, _, pullback = differentiate(node, step, own, part, moving)
+        assert pullback is not None, "a node in parts depends on parameters"
         add_taps(step.taps, out, node.index)
         out = {name: x for name, x in out.items() if not name.startswith("tap.")}
         grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})

@@ -85,7 +85,8 @@ def _in_parts(node: Node, sh: Sharding, own: Tree, reads: Values) -> Values:
 
 
 def held_out(evaluate: Callable[..., Sums], params: Tree, batches: Iterable[Batch], size: int | None) -> dict[str, float]:
-    """{"heldout_loss": nats a token, "bits_per_byte"} of all batches; size: bytes of their text, None where unknown."""
+    """{"heldout_loss": nats a token, "heldout_perplexity", "bits_per_byte"} of all batches; size: bytes of their text, None
+    where unknown."""
     sums: dict[str, float] = {}
     for batch in batches:
         for name, x in evaluate(params, batch).items():
@@ -93,6 +94,10 @@ def held_out(evaluate: Callable[..., Sums], params: Tree, batches: Iterable[Batc
     terms = [name.removesuffix(".sum") for name in sums if name.endswith(".sum")]
     term = "ce" if "ce" in terms else terms[0]
     out = {"heldout_loss": sums[f"{term}.sum"] / max(sums[f"{term}.count"], 1.0)}
+    if term == "ce":
+        out["heldout_perplexity"] = math.exp(min(out["heldout_loss"], 700.0))
+    if "unigram" in terms:
+        out["heldout_unigram_loss"] = sums["unigram.sum"] / max(sums["unigram.count"], 1.0)
     if size and term == "ce":
         out["bits_per_byte"] = sums["ce.sum"] / math.log(2) / size
     return out

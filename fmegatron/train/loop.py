@@ -5,6 +5,7 @@
     DIR/config.toml        the run, as it can be run again          DIR/checkpoints/      the state, see checkpoint.py
     DIR/metrics.jsonl      one object a step, see metrics.py        DIR/loss.png          the loss curve
     DIR/tokenizer.json     what turns the model's tokens to text    DIR/sample.txt        text that the model wrote
+    DIR/run.json           the machine, the mesh, each session      DIR/report.html       all of it on one page
 
 The same run with the same folder goes on from its last checkpoint. Only the first process writes and speaks.
 """
@@ -19,20 +20,22 @@ from typing import Any
 import torch.distributed as dist
 
 from fmegatron.config import RunConfig
-from fmegatron.data.batches import batches, held_out_batches
-from fmegatron.train import checkpoint, metrics, saving, setup
+from fmegatron.data.batches import batches
+from fmegatron.train import checkpoint, facts, saving, setup
 from fmegatron.train.assemble import Parts, assemble
 from fmegatron.train.book import Book
 from fmegatron.train.closing import Sampler, close
-from fmegatron.train.evaluate import held_out
 from fmegatron.train.faults.guard import Guard, watched
 from fmegatron.train.faults.watch import from_json
+from fmegatron.train.meter import Meter
+from fmegatron.train.optimizers import numbers_of
+from fmegatron.train.profile import Traces
 from fmegatron.train.progress import progress
 from fmegatron.train.saver import Saver
 from fmegatron.train.signals import stop_on_signals
 from fmegatron.train.state import TrainState
-
-EVALUATED = 8192  # tokens of held-out text at once, where a training batch has fewer
+from fmegatron.train.validate import measure
+from fmegatron.train.writers import writers
 
 
 def run(config: RunConfig, sample: Sampler | None = None) -> None:
@@ -46,20 +49,25 @@ def run(config: RunConfig, sample: Sampler | None = None) -> None:
         mesh, launches = watched(mesh, config)
         parts = assemble(config, mesh)
         parts.say(parts.describe())
-        guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, launches, parts.step, parts.say))
+        if parts.first:
+            facts.begin(parts.folder, **parts.facts)
+        meter = Meter(parts.config.monitors, parts.step, mesh.device)
+        guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, launches, meter, parts.say))
         state, meta = parts.start()
         guard.watch = from_json(meta.get("watch"))
-        state, end = train(parts, guard, state)
+        state, end = train(parts, guard, meter, state)
         while end == "rollback":
             bad = _consumed(state)
             del state
             state, meta = parts.start()
             guard.past(bad, state, from_json(meta.get("watch")))
-            state, end = train(parts, guard, state, mark=True)
+            state, end = train(parts, guard, meter, state, mark=True)
     close(parts, state, end, None if dist.is_initialized() else sample)  # the first process alone
 
 
-def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) -> tuple[TrainState, str | None]:
+def train(
+    parts: Parts, guard: Guard, meter: Meter, state: TrainState, *, mark: bool = False
+) -> tuple[TrainState, str | None]:
     """Steps until all are done or somebody asks to stop; the state, and why it ended before all were done ("rollback": bad).
 
     mark: save at once, because the checkpoint that it comes from does not know which samples are left out.
@@ -71,13 +79,14 @@ def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) 
         show: Any = stack.enter_context(progress(steps, start=done, every=c.log.every)) if parts.first else None
         stop = stack.enter_context(stop_on_signals())
         book = Book(
-            [show, *_writers(parts, stack, done)] if show is not None else [],
+            [show, *writers(parts, stack, done)] if show is not None else [],
             parts.sh.mesh,
             batch=c.training.global_batch,
             seq=c.data.seq,
             flops=setup.flops_of(parts.model, c.data.seq, c.training.global_batch),
-            schedule=parts.schedule,
+            numbers=numbers_of(c),
             precision=c.training.dtype,
+            past=facts.past(parts.folder) if parts.first else None,
         )
         guard.begin(done)
         feed = batches(
@@ -93,7 +102,10 @@ def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) 
         if mark:
             save(parts, guard, saver, state)
             _note(show, saver.wait())
+        traces = stack.enter_context(Traces(c.profile, parts.folder / "traces", parts.sh.mesh))
         while done < steps and not guard.stops(stop, done):
+            meter.begin(done + 1)
+            traces.begin(done + 1)
             outcome = guard.step(state, feed, done + 1)
             state = outcome.state
             if outcome.then == "elsewhere":
@@ -106,12 +118,13 @@ def train(parts: Parts, guard: Guard, state: TrainState, *, mark: bool = False) 
             if _due(done, c.training.check_replicas):
                 parts.check(state.params)
             measured = _due(done, c.validation.interval) or done == steps
-            book.add(done, outcome.numbers, partial(_measure, parts, state, whole=done == steps) if measured else None)
+            more = partial(measure, parts, state, whole=done == steps) if measured else None
+            book.add(done, outcome.numbers, meter.clock, more)
             if _due(done, c.checkpoint.interval) and done < steps:
                 book.write()
                 _note(show, save(parts, guard, saver, state))
                 saved = done
-                book.restart()
+                book.restart("checkpoint")
         book.write()
         if done != saved:
             _note(show, save(parts, guard, saver, state, last=done >= steps))
@@ -137,27 +150,6 @@ def _write(parts: Parts, step: int, items: Any, meta: Any, group: Any) -> Any:
 def _note(show: Any, path: Path | None) -> None:
     if show is not None and path is not None:
         show.note(f"saved {path}")
-
-
-def _writers(parts: Parts, stack: ExitStack, done: int) -> list[metrics.Writer]:
-    writers: list[metrics.Writer] = [metrics.JsonLines(parts.folder / "metrics.jsonl", after=done)]
-    if parts.config.log.tensorboard:
-        writers.append(metrics.TensorBoard(parts.folder / "tensorboard", after=done))
-    for writer in writers:
-        stack.callback(writer.close)
-    return writers
-
-
-def _measure(parts: Parts, state: TrainState, whole: bool) -> dict[str, float]:
-    """Held-out numbers, over a part of the held-out text, or all of it where compressors have read it too."""
-    c = parts.config
-    batch = c.training.global_batch
-    part = None if whole and parts.source.compressors else c.validation.batches * batch
-    batch *= max(1, EVALUATED // (batch * c.data.seq))
-    rows = parts.source.held_out(c, batch, part)
-    if rows is None:
-        return {}
-    return held_out(parts.evaluate, parts.average(state.params), held_out_batches(rows, **parts.reading), rows.bytes)
 
 
 def _consumed(state: TrainState) -> int:

@@ -8,8 +8,10 @@ record; anything else may join.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +40,12 @@ FIELDS = MappingProxyType(
         "consumed": ("", "samples so far"),
         "heldout_loss": ("held-out loss {:.4f}", "mean loss on held-out text, nats a token"),
         "bits_per_byte": ("held-out bits/byte {:.4f}", "the same, in bits for each byte of that text"),
+        "perplexity": ("", "e to the training loss's cross-entropy; heldout_perplexity: of held-out text"),
+        "seconds": ("", "wall time of the step; time/data, forward_backward, optimizer are its parts, time/validation and"
+                    " time/checkpoint come beside it"),
+        "time": ("", "of the day, in seconds since 1970, when the record was written"),
+        "goodput": ("", "seconds of steps that count (not skipped, not lost at a restart) over wall time since the run began"),
+        "param_norm": ("", "of the parameters after the step"),
     }
 )
 
@@ -95,6 +103,33 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandB:
+    """Logs every number of a record to Weights & Biases; WANDB_MODE=offline keeps it in files under `folder`.
+
+    The run keeps its id in the folder, so that a resumed one goes on; `step` is the axis of all charts.
+    """
+
+    def __init__(self, folder: str | Path, project: str, name: str, settings: Mapping[str, Any]) -> None:
+        try:
+            wandb: Any = importlib.import_module("wandb")  # optional
+        except ImportError as error:
+            raise ValueError("log.wandb is set and wandb is not installed: pip install wandb") from error
+        known = Path(folder) / "wandb-id"
+        number = known.read_text(encoding="utf-8").strip() if known.is_file() else secrets.token_hex(4)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(number + "\n", encoding="utf-8")
+        where = {"project": project, "name": name, "id": number, "dir": str(folder)}
+        self._run: Any = wandb.init(**where, resume="allow", config=dict(settings))
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        self._run.log({name: value for name, value in clean(record).items() if value is not None})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read(path: str | Path) -> list[Clean]:

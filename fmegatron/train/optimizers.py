@@ -98,8 +98,30 @@ def _group(c: RunConfig, model: Model, label: str, table: Mapping[str, Any]) -> 
     return _one(inner, model, schedule_of(inner)), patterns
 
 
-def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
-    """The named optimizer with the keywords that were given; ConfigError names one that it does not have."""
+def numbers_of(c: RunConfig) -> dict[str, Schedule]:
+    """{name: its value by the number of applied updates} of what schedules and switches change: lr, beta1, beta2, v1, ... and
+    those of a group as lr/GROUP, ...; of the optimizer's default where nothing is given."""
+    out: dict[str, Schedule] = {}
+    for label, table in (("", {}), *c.optimizer.groups.items()):
+        if table.get("frozen"):
+            continue
+        own = {key: value for key, value in table.items() if key not in ("match", "frozen")}
+        inner = c if not label else replace(c, optimizer=toml.update(replace(c.optimizer, groups={}), own, label))
+        _, takes, given = _keywords(inner)
+        found: dict[str, Any] = {"lr": schedule_of(inner)}
+        for key, short in (("betas", "beta"), ("vs", "v")):
+            values = given.get(key, takes[key].default if key in takes else ())
+            found |= {f"{short}{i}": x for i, x in enumerate(values if isinstance(values, tuple) else (), 1)}
+        out |= {f"{name}/{label}" if label else name: x if callable(x) else _always(x) for name, x in found.items()}
+    return out
+
+
+def _always(x: float) -> Schedule:
+    return lambda count: torch.full_like(count, x, dtype=torch.float64)
+
+
+def _keywords(c: RunConfig) -> tuple[Callable[..., Transform], Mapping[str, inspect.Parameter], dict[str, Any]]:
+    """What builds the named optimizer, what that takes, and what the run gives it; ConfigError names what it does not take."""
     o = c.optimizer
     if o.name not in NAMES and ":" not in o.name:
         raise ConfigError(f"optimizer.name = {o.name}: known are {', '.join(NAMES)}, or your.module:function")
@@ -118,7 +140,13 @@ def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
             o.weight_decay_start, o.weight_decay, steps=c.training.steps, shape=o.weight_decay_shape)
     if "clip" in given:
         given["clip"] = _clip(given["clip"])
-    given |= _switched(o, given, takes)
+    return build, takes, given | _switched(o, given, takes)
+
+
+def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
+    """The named optimizer with the keywords that were given."""
+    o = c.optimizer
+    build, takes, given = _keywords(c)
     ours = {"mask": lambda: param.decay_mask(model.declare), "declare": lambda: model.declare}
     given |= {key: make() for key, make in ours.items() if key in takes and o.name in NAMES}
     arguments = dict(o.arguments)

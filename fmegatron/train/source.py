@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +143,18 @@ def _left(rows: data.Rows, skip: tuple[str, ...]) -> data.Rows:
 def tokenizer_file(source: Source) -> str | None:
     """What `tokenizers.load` takes to read the text again."""
     return source.corpus.tokenizer if source.corpus is not None else None
+
+
+def sets(c: RunConfig, source: Source) -> dict[str, Source]:
+    """{name: held-out text} of validation.sets. Raises ConfigError where a file is missing, or the run's text has no tokens."""
+    corpus = source.corpus
+    if c.validation.sets and not isinstance(corpus, data.Corpus):
+        raise ConfigError("validation.sets are token files, read with a run's tokenizer: this run's text has none")
+    out: dict[str, Source] = {}
+    for name, prefix in c.validation.sets.items():
+        for suffix in (".bin", ".idx"):
+            if "://" not in str(prefix) and not Path(f"{prefix}{suffix}").is_file():
+                raise ConfigError(f"validation.sets.{name}: no file {prefix}{suffix} (fmegatron tokenize writes them)")
+        assert isinstance(corpus, data.Corpus)
+        out[name] = Source(source.rows, replace(corpus, valid=str(prefix), split=None))
+    return out
