@@ -143,7 +143,7 @@ def differentiate(
     """A node's values, the names among them that depend on parameters, and its pullback (None: nothing does). again: nothing
     is watched."""
     key = None if step.key is None else random.fold_in(step.key, node.index)
-    wrt = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
+    wrt: Tree = {"own": own, "reads": {name: x for name, x in reads.items() if name in moving}}
     rest = {"reads": {name: x for name, x in reads.items() if name not in moving}, "rank": step.sh.rank, "key": key}
     inside = step.sh.of_layer(node.index)
     inside = inside.watching(frozenset()) if again and inside.watch else inside
