@@ -21,12 +21,12 @@ from torch import Tensor
 from fmegatron import random
 from fmegatron.models import mtp
 from fmegatron.models.config import Config, kinds, moe_of
-from fmegatron.models.model import Model, Node, Values, count_tokens, next_token
+from fmegatron.models.model import Model, Node, Values, count_tokens, next_token, run_chain
 from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, moe, norm, rope, router, watch
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.moe import Moe
 from fmegatron.nn.param import Param, normal, stack
-from fmegatron.sharding import Sharding
+from fmegatron.sharding import SINGLE, Sharding
 
 STREAM = "batch seq embed"
 
@@ -75,6 +75,7 @@ def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Value
         if m is None:
             return mlp.apply(sh, c.block_mlp, p["mlp"], x)
         y, terms = moe.apply(sh, m, c.block_mlp, p["mlp"], x, v, key)
+        out.update({"route": terms.pop("route")} if "route" in terms else {})
         out.update({f"moe.{name}": v[f"moe.{name}"] + x if f"moe.{name}" in v else x for name, x in terms.items()})
         return y
 
@@ -233,6 +234,13 @@ def counts_of(c: Config, sh: Sharding, v: Values) -> dict[str, Tensor]:
     """The terms' denominators: tokens by their weights, and what the routers' losses are means over."""
     counts = mtp.counts_of(c, sh, v) if c.mtp else count_tokens(c.head.terms)(sh, v)
     return counts if c.moe is None else counts | router.denominators(sh, c.moe, v["tokens"])
+
+
+def routes(model: Model, params: Any, batch: Mapping[str, Tensor], *, sh: Sharding = SINGLE) -> Values:
+    """{"route.N": the experts int64 [batch, seq, k] that node N's router chooses}; in a batch, they are chosen again."""
+    sh = sh.bind(model.sizes).tapping({}).watching(frozenset({"routes"}))
+    values = run_chain(model, model.chain, params, model.inputs(sh, batch), sh=sh)
+    return {name: x for name, x in values.items() if name.startswith("route.")}
 
 
 def moves(c: Config, taps: Mapping[str, Tensor]) -> Values:

@@ -17,33 +17,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmegatron.sharding.collectives import AllGather, Op, Psum
+from fmegatron.sharding.named import offset
 from fmegatron.sharding.placement import Placement
+from fmegatron.sharding.ragged import Back, Meanwhile, own, spread, swap
 from fmegatron.sharding.relayout import plan_relayout, run
 
 if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
     from fmegatron.sharding.sharding import Layout
 
-Form = Literal["gather", "padded", "ragged"]
 Static = Callable[[Tensor], Tensor]  # rows [experts here, slots, d] -> the same
-Grouped = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # rows [n, d], counts, whose each is, scale [n] -> [n, d]
+Grouped = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # rows [n, d], counts, whose each is, scale [n] -> [n, d]
 
 
 @dataclass(frozen=True)
 class Ways:
     """The collectives of a dispatch. tokens: those that gather tokens [t, d]; rows: from [experts, slots, d] of a rank's
-    tokens to those of its experts; partial: what is summed over ranks at the end; experts: the axes of `expert`."""
+    tokens to those of its experts; partial: what is summed over ranks at the end. experts: the axes of `expert`, of which
+    `moved` carry tokens too; wide: those of `expert_mlp` that do."""
 
     tokens: tuple[Op, ...]
     rows: tuple[Op, ...]
     partial: tuple[Op, ...]
     experts: tuple[str, ...]
+    moved: tuple[str, ...]
+    wide: tuple[str, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether every token finds all experts where it is."""
+        return not (self.rows or self.partial)
 
 
 def plan_ways(layout: Layout) -> Ways:
@@ -64,6 +73,8 @@ def plan_ways(layout: Layout) -> Ways:
         rows=plan_relayout(mesh, source, target),
         partial=tuple(Psum(mesh[a]) for a in (*experts, *width) if a not in tokens),
         experts=experts,
+        moved=tuple(moved),
+        wide=tuple(wide),
     )
 
 
@@ -124,12 +135,80 @@ def padded(
     return run(unpermute(y.flatten(0, 1), slot, weight), sh.rank, ways.partial)
 
 
-def local(x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped) -> Tensor:
-    """Where tokens and all experts are here: rows sorted by expert, grouped products, and back."""
-    t, k = index.shape
+class Sorted(NamedTuple):
+    """Choices sorted by expert: order [n], numbers among t x k; expert [n]; counts [experts]; home [t, k], places in order."""
+
+    order: Tensor
+    expert: Tensor
+    counts: Tensor
+    home: Tensor
+
+
+def by_expert(index: Tensor, experts: int, dropped: bool) -> Sorted:
+    """index int64 [t, k]; dropped: some are `experts`, chosen no more, which are left out; their place is n."""
     expert, order = index.reshape(-1).sort(stable=True)
-    counts = expert.new_zeros(experts).scatter_add(0, expert, torch.ones_like(expert))
-    rows = x.index_select(0, order // k)
-    y = f(rows, counts, expert, weight.reshape(-1).index_select(0, order))
-    home = torch.empty_like(order).scatter(0, order, torch.arange(t * k, device=order.device))
-    return y.index_select(0, home).unflatten(0, (t, k)).sum(1)
+    counts = expert.new_zeros(experts + 1).scatter_add(0, expert, torch.ones_like(expert))[:experts]
+    if dropped:
+        n = int(counts.sum())
+        expert, order = expert[:n], order[:n]
+    place = torch.arange(len(order), device=index.device)
+    home = index.new_full((index.numel(),), len(order)).scatter(0, order, place)
+    return Sorted(order, expert, counts, home.reshape(index.shape))
+
+
+def local(x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped, dropped: bool = False) -> Tensor:
+    """Where tokens and all experts are here: rows sorted by expert, grouped products, and back."""
+    s = by_expert(index, experts, dropped)
+    rows = x.index_select(0, s.order // index.shape[1])
+    y = f(rows, s.counts, s.expert, weight.reshape(-1).index_select(0, s.order))
+    y = torch.cat([y, torch.zeros_like(x[:1])]) if dropped else y
+    return y.index_select(0, s.home.reshape(-1)).unflatten(0, index.shape).sum(1)
+
+
+def ragged(
+    sh: Sharding,
+    ways: Ways,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    experts: int,
+    f: Grouped,
+    dropped: bool = False,
+    meanwhile: Meanwhile | None = None,
+) -> Tensor:
+    """By exchanges of as many rows as there are: x [t, d] at index [t, k], and back with weight [t, k]."""
+    rank, s = sh.rank, by_expert(index, experts, dropped)
+    assert rank is not None, "rows were exchanged outside of a mesh"
+    rows, counts, undo = x.index_select(0, s.order // index.shape[1]), s.counts, list[Back]()
+    for name in ways.experts:
+        axis = sh.mesh[name]
+        rows, counts, home = swap(rows, counts, axis, rank, meanwhile) if name in ways.moved else own(rows, counts, axis, rank)
+        undo.append(home)
+    for name in ways.wide:
+        rows, counts, home = spread(rows, counts, sh.mesh[name], rank)
+        undo.append(home)
+    y = f(rows, counts, torch.arange(len(counts), device=x.device).repeat_interleave(counts), None)
+    for home in reversed(undo):
+        y = home(y)
+    return run(unpermute(y, s.home, weight), rank, ways.partial)
+
+
+def gathered(
+    sh: Sharding, ways: Ways, x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped | None, batched: Static
+) -> Tensor:
+    """By gathering tokens: every rank runs its own experts on all of them, and the sums are scattered.
+
+    f: None where values cannot be looked at, and each expert has a slot for every token.
+    """
+    rank, here = sh.rank, experts // math.prod(sh.mesh[a].size for a in ways.experts)
+    everything, chosen, shares = (run(y, rank, ways.tokens) for y in (x, index, weight))
+    mine = chosen - offset(sh.mesh, rank, ways.experts, here)
+    inside = (mine >= 0) & (mine < here)
+    if f is not None:
+        y = local(everything, torch.where(inside, mine, here), shares, here, f, dropped=True)
+    else:
+        t = len(chosen)
+        slot = torch.where(inside, mine * t + torch.arange(t, device=x.device)[:, None], here * t)
+        rows = batched(permute(everything, slot, here * t).unflatten(0, (here, t)))
+        y = unpermute(rows.flatten(0, 1), slot, shares)
+    return run(run(y, rank, back(ways.tokens)), rank, ways.partial)

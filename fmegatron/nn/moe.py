@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from fmegatron.nn import dispatch, experts, mlp, router
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param
 from fmegatron.nn.router import Router, hits
+from fmegatron.sharding.ragged import Meanwhile
 from fmegatron.transforms import compiling, inside_transform
 
 if TYPE_CHECKING:
@@ -91,45 +93,88 @@ def declare(moe: Moe, kind: Mlp, inner: Init, outer: Init) -> dict[str, Any]:
 def apply(
     sh: Sharding, moe: Moe, kind: Mlp, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """[batch, seq, embed] -> the same, and the router's loss terms; taps a layer's load, entropy, dropped choices."""
+    """[batch, seq, embed] -> the same, and the router's loss terms; taps a layer's load, entropy, dropped choices.
+
+    Where "routes" are watched, `route` is among the terms: what a later run can replay.
+    """
     routing = router.apply(sh, moe, p["router"], x, v, key)
     inside = sh.einsum(DOWN, x, p["latent_down"]) if moe.latent else x
-    y = routed(sh, moe, kind, p["experts"], inside, routing.chosen, routing.weight)
+    meanwhile = Meanwhile(partial(shared, sh, moe, kind, p, x) if moe.shared else None)
+    y = routed(sh, moe, kind, p["experts"], inside, routing.chosen, routing.weight, meanwhile)
     if moe.latent:
         y = sh.einsum(UP, y, p["latent_up"])
-    monitor(sh, moe, routing)
-    if moe.shared:
-        extra = mlp.apply(sh, kind, p["shared"], x, "shared_mlp")
-        if moe.shared_gate:
-            extra = extra * sh.einsum("batch seq embed, embed -> batch seq", x, p["shared_gate"]).sigmoid()[..., None]
-        y = y + extra
-    return y, routing.terms
+    monitor(sh, routing)
+    meanwhile.run()
+    record = {"route": routing.chosen} if sh.watches("routes") else {}
+    return y if meanwhile.result is None else y + meanwhile.result, routing.terms | record
 
 
-def routed(sh: Sharding, moe: Moe, kind: Mlp, p: dict[str, Any], x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Tokens x [batch, seq, d] through the experts index [batch, seq, k], each result times its weight."""
-    shape, t = x.shape, x.shape[0] * x.shape[1]
+def shared(sh: Sharding, moe: Moe, kind: Mlp, p: dict[str, Any], x: Tensor) -> Tensor:
+    """The experts that every token shares."""
+    y = mlp.apply(sh, kind, p["shared"], x, "shared_mlp")
+    if not moe.shared_gate:
+        return y
+    return y * (x @ p["shared_gate"]).sigmoid()[..., None]
+
+
+def routed(
+    sh: Sharding,
+    moe: Moe,
+    kind: Mlp,
+    p: dict[str, Any],
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    meanwhile: Meanwhile | None = None,
+) -> Tensor:
+    """Tokens x [batch, seq, d] through the experts index [batch, seq, k], each result times its weight.
+
+    meanwhile: work that may be done while rows travel. Raises ValueError where the rules ask for a form that cannot be.
+    """
+    shape, t, e = x.shape, x.shape[0] * x.shape[1], moe.experts
     x, index, weight = x.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1)
-    ways = dispatch.ways_of(sh)
-    alone = not (ways.rows or ways.partial)
-    if alone and moe.capacity is None and not inside_transform() and (not compiling() or experts.traceable(x)):
-        y = dispatch.local(x, index, weight, moe.experts, partial(experts.grouped, kind, p))
-        slot, slots = None, t
+    ways, form = dispatch.ways_of(sh), form_of(sh, x)
+    full = t if x.device.type != "meta" else dispatch.capacity(t, moe.top_k, e, 1.0)  # a plan takes the load to be even
+    slots = full if moe.capacity is None else dispatch.capacity(t, moe.top_k, e, moe.capacity)
+    dropped = slots < full
+    slot = dispatch.slots_of(index, weight, e, slots, moe.drop) if dropped or form == "padded" else None
+    if dropped and slot is not None:
+        index = torch.where(slot < e * slots, index, e)
+        if sh.taps is not None:
+            sh.tap("experts/{layer}.dropped", (index == e).unflatten(0, shape[:2]).double(), "batch seq top")
+    width = "expert_latent" if moe.latent else "embed"
+    table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}") if kind.bias else None
+    grouped, batched = partial(experts.grouped, kind, p), partial(experts.batched, kind, p)
+    if form == "local":
+        y = dispatch.local(x, index, weight, e, grouped, dropped)
+    elif form == "ragged":
+        y = dispatch.ragged(sh, ways, x, index, weight, e, grouped, dropped, meanwhile)
+    elif form == "gather":
+        y = dispatch.gathered(sh, ways, x, index, weight, e, None if blind(x) else grouped, batched)
     else:
-        slots = t if moe.capacity is None else dispatch.capacity(t, moe.top_k, moe.experts, moe.capacity)
-        slot = dispatch.slots_of(index, weight, moe.experts, slots, moe.drop)
-        y = dispatch.padded(sh, ways, x, weight, slot, moe.experts, slots, partial(experts.batched, kind, p))
-    if kind.bias:
-        kept = weight if slot is None else weight * (slot < moe.experts * slots)
-        width = "expert_latent" if moe.latent else "embed"
-        table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}")
-        y = y + weight.new_zeros(t, moe.experts).scatter(1, index, kept).to(y.dtype) @ table
-    if slot is not None and slots < t and sh.taps is not None:
-        sh.tap("experts/{layer}.dropped", (slot == moe.experts * slots).unflatten(0, shape[:2]).double(), "batch seq top")
+        assert slot is not None
+        y = dispatch.padded(sh, ways, x, weight, slot, e, slots, batched)
+    if table is not None:
+        y = y + weight.new_zeros(t, e + 1).scatter(1, index, weight)[:, :e].to(y.dtype) @ table
     return y.unflatten(0, shape[:2])
 
 
-def monitor(sh: Sharding, moe: Moe, routing: router.Routing) -> None:
+def blind(x: Tensor) -> bool:
+    """Whether the program may not look at values: under a transform, traced into a graph, or without any."""
+    return inside_transform() or compiling() or x.device.type == "meta"
+
+
+def form_of(sh: Sharding, x: Tensor) -> str:
+    """How tokens x travel here: as the rules say, and "local" where they need not."""
+    form, alone = sh.rules.dispatch, dispatch.ways_of(sh).alone
+    if form == "ragged" and blind(x) and x.device.type != "meta":
+        raise ValueError("dispatch 'ragged' looks at values, which a vmap and a compiled block cannot: use 'padded' or 'auto'")
+    if alone:
+        return "local" if not blind(x) or (not inside_transform() and compiling() and experts.traceable(x)) else "padded"
+    return form if form in ("gather", "padded") else "padded" if blind(x) else "ragged"
+
+
+def monitor(sh: Sharding, routing: router.Routing) -> None:
     """Tap the load of each expert, and the entropy of the scores in nats, summed over tokens."""
     if sh.taps is None:
         return

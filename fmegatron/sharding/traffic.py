@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from fmegatron.sharding.mesh import Axis, Mesh, with_transports
-from fmegatron.sharding.transports import Transport
+from fmegatron.sharding.transports import Splits, Transport
 
 
 class Event(NamedTuple):
@@ -175,6 +175,9 @@ class Counted:
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
         return self._report("permute", axis, rank, x, 0, self.inner.permute(x, axis, rank, source))
+
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
+        return self._report("all_to_all", axis, rank, x, 0, self.inner.exchange(x, axis, rank, send, receive))
 
     def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
         return self.inner.pick(blocks, axis, rank)

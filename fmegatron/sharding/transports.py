@@ -9,6 +9,7 @@ Each transport offers the same few primitives. "Blocks" are n equal pieces on a 
     permute(x, axis, source)    x                  -> the x of rank source[me]
     pick(b, axis, rank)         blocks             -> the block with my coordinate         (no communication)
     spread(x, axis, rank)       x                  -> blocks, zeros but for mine           (no communication)
+    exchange(x, axis, rank, send, receive)   rows, send[i] of them for rank i -> receive[i] rows from each rank i
     keep_first(x, axis, rank)   x                  -> x where my coordinate is 0, else zeros
     wait(x)                     an issued result   -> the result
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from fmegatron.sharding.mesh import Axis
 
 
+Splits = tuple[int, ...]
+
+
 class Transport(Protocol):
     """What a collective needs of the machine; see the module's table. `background`: issued work goes on by itself."""
 
@@ -39,13 +43,21 @@ class Transport(Protocol):
     def reduce_scatter(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def all_to_all(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor: ...
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor: ...
     def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def spread(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def keep_first(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor: ...
     def wait(self, x: Tensor) -> Tensor: ...
 
 
-class OneRank:
+class Even:
+    """A transport that has no exchange of unequal parts."""
+
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
+        raise ValueError(f"rows along axis {axis.name!r} are all of one number on this mesh: use dispatch 'padded' or 'gather'")
+
+
+class OneRank(Even):
     """The primitives without communication, for transports on which a rank sees only its own values."""
 
     background = False
@@ -97,6 +109,9 @@ class Group(OneRank):
         received = torch.ops._c10d_functional.all_to_all_single(x.contiguous().unsqueeze(0), comes, goes, self.name)
         return received.view(x.shape)
 
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
+        return torch.ops._c10d_functional.all_to_all_single(x, list(receive), list(send), self.name)
+
     def wait(self, x: Tensor) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(x)
 
@@ -122,7 +137,7 @@ class Abstract(OneRank):
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Even):
     """All ranks on one leading dim of R = outer * n * stride; every primitive is a reshape and a sum or a transpose."""
 
     background = False
@@ -207,7 +222,7 @@ class Threads(OneRank):
 
     hub: Hub = field(compare=False)
 
-    def _exchange(self, x: Tensor, axis: Axis, rank: Tensor) -> list[Tensor]:
+    def _exchange(self, x: Any, axis: Axis, rank: Tensor) -> list[Any]:
         me = int(rank)
         place = me // axis.stride % axis.size
         room = (axis.name, me - place * axis.stride)
@@ -230,3 +245,7 @@ class Threads(OneRank):
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
         return self._exchange(x, axis, rank)[source[int(axis.coordinate(rank))]].clone()
+
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
+        mine = int(axis.coordinate(rank))
+        return torch.cat([theirs[mine] for theirs in self._exchange(x.split(send), axis, rank)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmegatron.sharding import Mesh
 from fmegatron.sharding.mesh import Axis, with_transports
-from fmegatron.sharding.transports import Transport
+from fmegatron.sharding.transports import Splits, Transport
 
 KEPT = 8  # launches told in a report
 PENDING = 1024  # results that may be waited for
@@ -119,6 +119,9 @@ class Noted:
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
         return self.launches.issue("permute", axis.name, x, self.inner.permute(x, axis, rank, source))
+
+    def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
+        return self.launches.issue("all_to_all", axis.name, x, self.inner.exchange(x, axis, rank, send, receive))
 
     def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
         return self.inner.pick(blocks, axis, rank)
