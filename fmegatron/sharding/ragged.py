@@ -36,8 +36,8 @@ class Meanwhile:
 
     def run(self) -> None:
         """Do it, unless it is done."""
-        if self.work is not None:
-            self.work, self.result = None, self.work()
+        work, self.work = self.work, None
+        self.result = self.result if work is None else work()
 
 
 
