@@ -141,5 +141,7 @@ class Fused(TorchFunctionMode):
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=args[0].dtype)  # as torch does: minus infinity where nothing is seen
         options = {"attn_mask": mask, "scale": given.get("scale")}
-        y, _ = ATTENTION[0](*args[:3], 0.0, given.get("is_causal", False), **options)
-        return y
+        q, k, v = args[:3]
+        narrow = q.shape[-1] - v.shape[-1]  # the kernel is of one width: values are padded
+        y, _ = ATTENTION[0](q, k, F.pad(v, (0, narrow)) if narrow else v, 0.0, given.get("is_causal", False), **options)
+        return y[..., : v.shape[-1]] if narrow else y

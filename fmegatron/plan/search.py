@@ -13,13 +13,17 @@ from fmegatron.sharding.traffic import columns
 
 
 def candidates(run: PlanConfig, devices: int, node: int) -> Iterator[PlanConfig]:
-    """Runs on every mesh of `devices` ranks with tp inside a node, pp up to 16 and cp up to 8; not all are legal."""
+    """Runs on every mesh of `devices` ranks with tp inside a node, pp up to 16 and cp up to 8; ep is the run's own.
+
+    Not all are legal.
+    """
     sizes = [2**i for i in range(5)]
     for pp in sizes:
         for cp in sizes[:4]:
             for tp in (n for n in sizes if n <= node):
-                if devices % (pp * cp * tp) == 0:
-                    mesh = replace(run.mesh, pp=pp, cp=cp, tp=tp, fsdp=1, ep=1, dp=devices // (pp * cp * tp))
+                others = pp * cp * tp * run.mesh.ep
+                if devices % others == 0:
+                    mesh = replace(run.mesh, pp=pp, cp=cp, tp=tp, fsdp=1, dp=devices // others)
                     yield replace(run, mesh=mesh, gpus=devices)
 
 

@@ -12,7 +12,7 @@ from fmegatron.optim import Transform
 from fmegatron.plan.config import PlanConfig
 from fmegatron.plan.memory import memory_of
 from fmegatron.plan.seconds import per_microbatch
-from fmegatron.plan.work import Work, first_layers, work_of
+from fmegatron.plan.work import Work, evenly_loaded, first_layers, work_of
 from fmegatron.sharding import Sharding, abstract_mesh
 from fmegatron.sharding.traffic import Row, wire_bytes
 from fmegatron.train import setup
@@ -61,6 +61,8 @@ def study(run: PlanConfig, model: Model) -> Study:
     def tx_of(part: Model) -> Transform:
         return setup.optimizer_of(run, part, setup.schedule_of(run))
 
+    flops, whole = flops_of(model, rows[1], rows[0])
+    model = evenly_loaded(model)
     work = work_of(model, sh, tx_of, batch=rows, microbatches=m, donate=t.donate, **shared)
     layers = -(-sum(node.is_layer for node in model.chain) // stages)
     stage = first_layers(model, layers)
@@ -70,7 +72,6 @@ def study(run: PlanConfig, model: Model) -> Study:
     micro, once = per_microbatch(one.collectives, two.collectives)
     if stages > 1:
         micro.append(_between_stages(run, model, stages))
-    flops, whole = flops_of(model, rows[1], rows[0])
     return Study(
         run=run,
         parameters=model.count(),

@@ -2,7 +2,7 @@
 
 The step itself runs, as rank 0 of an abstract mesh on meta tensors, under a meter. Layers of a kind do the same work, so
 counts are exactly linear in their number; peaks are, for each part of the step. So a model of any depth costs two rehearsals
-of two and three layers.
+of two and three layers, after those at the start that are of other kinds. Experts are evenly loaded: each takes its share.
 
     part      head: before the layers    layer    tail: after them, the loss    update: the optimizer    rest: what is between
 """
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fmegatron import optim, tree
-from fmegatron.models import Model
+from fmegatron.models import Config, Model, gpt
 from fmegatron.nn.param import Param
 from fmegatron.optim import Transform
 from fmegatron.plan.meter import Count, Fused, Meter
@@ -70,9 +70,10 @@ def work_of(
     Two microbatches stand for any number above one: the second finds the gradients of the first, as all later ones do.
     """
     layers = [node for node in model.chain if node.is_layer]
-    period = math.lcm(_period([node.fn for node in layers]), max(parse_remat(remat).every, 1)) if layers else 1
-    many = min(len(layers), period * max(4, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
-    few = many - period if many > period else many
+    start, period = _period([node.fn for node in layers])
+    period = math.lcm(period, max(parse_remat(remat).every, 1))
+    many = min(len(layers), start + period * max(4, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
+    few = many - period if many > start + period else many
     parts = min(microbatches, 2)
     shared: dict[str, Any] = {"microbatches": parts, "remat": remat, "prefetch": prefetch} | settings
     rows = batch[0] // microbatches * parts
@@ -101,9 +102,19 @@ def _peak(part: str, meter: Meter) -> int:
     return meter.peaks.get(part, 0)
 
 
-def _period(kinds: list[Hashable]) -> int:
-    """The smallest p with kinds[i] == kinds[i % p]."""
-    return next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+def _period(kinds: list[Hashable]) -> tuple[int, int]:
+    """The smallest (start, p), by their sum, with kinds[i] == kinds[i + p] from `start` on."""
+    n = len(kinds)
+    pairs = ((total - p, p) for total in range(1, n + 1) for p in range(total, 0, -1))
+    return next((s, p) for s, p in pairs if all(kinds[i] == kinds[i + p] for i in range(s, n - p))) if n else (0, 1)
+
+
+def evenly_loaded(model: Model) -> Model:
+    """The same model with a capacity of one: what experts without one do where each has its share of the tokens."""
+    c = model.config
+    if not isinstance(c, Config) or c.moe is None or c.moe.capacity is not None:
+        return model
+    return gpt(replace(c, moe=replace(c.moe, capacity=1.0, drop="position")))
 
 
 def first_layers(model: Model, n: int) -> Model:

@@ -10,8 +10,9 @@ import torch
 from fmegatron import optim, tree
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Config, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.plan.meter import Meter
-from fmegatron.plan.work import first_layers, work_of
+from fmegatron.plan.work import _period, first_layers, work_of
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
@@ -90,3 +91,9 @@ def test_the_first_layers_are_a_model():
 
 
 SINGLE_ABSTRACT = Sharding(abstract_mesh(), RULES["single"])
+
+
+def test_dense_layers_before_those_with_experts():
+    c = replace(C, layers=6, moe=Moe(4, 2, mlp=96, shared=32, first_dense=1, capacity=1.0), mtp=1)
+    assert predicted(c, SINGLE_ABSTRACT) == pytest.approx(real(c, SINGLE), rel=0.03)
+    assert _period([0, 1, 1, 1]) == (1, 1) and _period([0, 1, 0, 1, 0]) == (0, 2) and _period([0, 1, 2]) == (0, 3)

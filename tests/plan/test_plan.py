@@ -96,6 +96,16 @@ def test_flops_are_megatrons_by_formula():
         assert flops_of(preset(f"gpt:{size}"), 4096, batch)[1] / ranks > 0
 
 
+def test_exchanges_between_experts_are_of_the_tokens_that_are_sent():
+    """There and back, forward and backward: each rank's tokens go to top_k experts, evenly, in bf16."""
+    overrides = {"layers": 3, "embed": 64, "heads": 4, "kv": 4, "mlp": 32, "vocab": 64}
+    training = {"global_batch": 16, "microbatches": 2, "remat": "none", "dtype": "bf16"}
+    made = planned("mixtral-8x7b", model={"overrides": overrides}, mesh={"dp": 2, "ep": 4}, training=training)
+    [row] = [row for row in made.collectives if row.collective == "all_to_all"]
+    tokens = 16 * 128 // 8
+    assert row.axis == "ep" and row.count == 4 * 3 * 2 and row.bytes == row.count * tokens // 2 * 2 * 64 * 2
+
+
 TINY = Config(layers=3, embed=32, heads=4, kv=2, mlp=48, vocab=64)
 
 
