@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from fmegatron.sharding.collectives import Op
 from fmegatron.sharding.mesh import Mesh
 from fmegatron.sharding.placement import Placement, parse_names
-from fmegatron.sharding.relayout import plan_relayout
+from fmegatron.sharding.relayout import plan_relayout, run
 
 Names = tuple[str, ...]
 Placer = Callable[[Names], Placement]
@@ -46,6 +46,7 @@ class Product:
     w: Names
     out: Names
     home: tuple[Op, ...]
+    owned: tuple[tuple[str, tuple[str, ...]], ...] = ()  # the mesh axes over which a name of the local operands lies
 
     @cached_property
     def matmul(self) -> Matmul | None:
@@ -58,6 +59,12 @@ class Product:
         order = [self.w.index(n) for n in contracted + columns]
         lies: Lies = "in, out" if order == sorted(order) else "out, in" if list(self.w) == columns + contracted else "mixed"
         return Matmul(len(contracted), lies, tuple(order))
+
+
+class Weight(Protocol):
+    """A right operand with a product of its own, in place of a tensor."""
+
+    def product(self, sh: Any, plan: Product, x: Tensor) -> Tensor: ...
 
 
 def parse_einsum(pattern: str) -> list[tuple[Names, Names, Names]]:
@@ -103,7 +110,13 @@ def _plan_product(mesh: Mesh, place: Placer, x: Names, w: Names, out: Names) -> 
         return plan_relayout(mesh, at, Placement(at.names, tuple(tuple(owned[n]) for n in at.names)))
 
     product = Placement(out, tuple(tuple(owned[n]) for n in out), frozenset(partial))
-    return Product(operand(at_x), operand(at_w), x, w, out, plan_relayout(mesh, product, at_out))
+    axes = tuple((name, tuple(found)) for name, found in owned.items())
+    return Product(operand(at_x), operand(at_w), x, w, out, plan_relayout(mesh, product, at_out), axes)
+
+
+def local_product(sh: Any, product: Product, x: Tensor, w: Tensor | Weight) -> Tensor:
+    """The product of a left operand that is ready and a right one that is not."""
+    return multiply(product, x, run(w, sh.rank, product.right)) if isinstance(w, Tensor) else w.product(sh, product, x)
 
 
 def multiply(product: Product, x: Tensor, w: Tensor) -> Tensor:

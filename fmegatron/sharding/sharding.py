@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmegatron.sharding import named, zigzag
 from fmegatron.sharding.collectives import Once, apply
-from fmegatron.sharding.einsum import multiply, plan_einsum
+from fmegatron.sharding.einsum import Weight, local_product, plan_einsum
 from fmegatron.sharding.mesh import Mesh
 from fmegatron.sharding.moments import moments
 from fmegatron.sharding.overlap import in_chunks
@@ -182,7 +182,7 @@ class Sharding:
         """Bring a tensor to where its dims lie inside another: "batch seq" within "batch seq heads hd"."""
         return run(x, self.rank, self.layout.plan("align", names, within))
 
-    def einsum(self, pattern: str, x: Tensor, *weights: Tensor) -> Any:
+    def einsum(self, pattern: str, x: Tensor, *weights: Tensor | Weight) -> Any:
         """ "batch seq embed, embed mlp -> batch seq mlp"; or one left operand with several right ones, "x, (w | v) -> (y | z)":
         x is gathered once and its cotangent reduced once. Returns one tensor, or a list of them."""
         products = self.layout.plan("einsum", pattern)
@@ -195,7 +195,7 @@ class Sharding:
         for product, w in zip(products, weights, strict=True):
             if product.left not in ready:
                 ready[product.left] = run(x, self.rank, product.left)
-            y = multiply(product, ready[product.left], run(w, self.rank, product.right))
+            y = local_product(self, product, ready[product.left], w)
             out.append(run(y, self.rank, product.home))
         return out[0] if len(out) == 1 else out
 

@@ -1,0 +1,81 @@
+"""Models in few bits: equal under every mesh, gradients those of the three quantized products, and close to the whole ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fmegatron.kernels.quantize import multiply, quantize, recipe
+from fmegatron.models.config import Config
+from fmegatron.models.gpt import gpt
+from fmegatron.models.lower import lower, weights_of
+from fmegatron.nn.lowbits import Lowered
+from fmegatron.sharding import RULES, SINGLE, Sharding, virtual_mesh
+from fmegatron.testing import assert_mesh_invariant
+
+torch.set_num_threads(1)
+CONFIG = Config(layers=3, embed=32, heads=4, kv=2, mlp=32, vocab=48)
+RECIPES = {
+    "tensorwise": recipe("tensorwise"),
+    "rowwise": recipe("rowwise"),
+    "blockwise": recipe("blockwise", block=4),
+    "mxfp8": recipe("mxfp8", block=4),
+    "nvfp4": recipe("nvfp4", block=4),
+    "wide wgrad": recipe("tensorwise", wgrad=False),
+}
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_three_products(name):
+    torch.manual_seed(0)
+    how, x, w, dy = RECIPES[name], torch.randn(2, 8, 32), torch.randn(32, 3, 8), torch.randn(2, 8, 3, 8)
+    sh = SINGLE.bind({"embed": 32, "heads": 3, "hd": 8})
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = sh.einsum("batch seq embed, embed heads hd -> batch seq heads hd", a, Lowered(b, how))
+    dx, dw = torch.autograd.grad(y, (a, b), dy)
+    x2, w2, dy2 = x.flatten(0, 1), w.flatten(1).T, dy.flatten(0, 1).flatten(1)
+
+    def product(p, q, formats, weight):
+        left, right = quantize(p, formats[0], how.operand), quantize(q, formats[1], how.weight if weight else how.operand)
+        return multiply(left, right)
+
+    wide = dy2.T @ x2
+    assert torch.equal(y.flatten(0, 1).flatten(1), product(x2, w2, (how.format, how.format), True))
+    assert torch.equal(dx.flatten(0, 1), product(dy2, w2.T, (how.gradient, how.format), True))
+    expected = product(dy2.T, x2.T, (how.gradient, how.format), False) if how.wgrad else wide
+    assert torch.equal(dw.flatten(1).T, expected)
+    error = (dw.flatten(1).T - wide).norm() / wide.norm()
+    assert error < (0.3 if name == "nvfp4" else 0.1) and (error > 0) == how.wgrad
+
+
+@pytest.mark.parametrize(("name", "mesh", "rules"), [
+    ("tensorwise", {"dp": 2, "tp": 4}, "fsdp_tp_sp"),  # kv heads fewer than ranks: their products are replicated
+    ("rowwise", {"dp": 2, "cp": 2, "tp": 2}, "fsdp_tp_sp"),
+    ("blockwise", {"cp": 2, "tp": 2}, "cp_ring"),
+    ("nvfp4", {"dp": 2, "tp": 2}, "tp"),
+    ("wide wgrad", {"tp": 4}, "tp_sp"),
+])  # fmt: skip
+def test_every_mesh_has_the_same_scales_and_results(name, mesh, rules):
+    model = lower(gpt(CONFIG), {"layers.*": RECIPES[name], "head.*": RECIPES[name]})
+    tokens = torch.arange(4 * 17).reshape(4, 17) % 47
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+    assert_mesh_invariant(model, batch, [Sharding(virtual_mesh(**mesh), RULES[rules])])
+
+
+def test_only_what_is_named_changes_and_layers_at_the_ends_stay():
+    model = gpt(CONFIG)
+    low = lower(model, {"layers.*.mlp.up": RECIPES["rowwise"], "layers.*.mlp.*": RECIPES["tensorwise"]}, first=1, last=1)
+    changed = [old.fn is not new.fn for old, new in zip(model.chain, low.chain, strict=True)]
+    assert [i for i, yes in enumerate(changed) if yes] == [2]  # embed, layer 0, layer 1
+    assert "layers.1.mlp.up" in [path for _, path in weights_of(model, model.chain[2])]
+    every = lower(model, {"layers.*": RECIPES["rowwise"]})
+    assert len({node.fn for node in every.chain if node.is_layer}) == 1  # compiled once
+
+
+def test_mistakes():
+    model = gpt(CONFIG)
+    with pytest.raises(ValueError, match=r"'layers.\*.mpl.\*'.*one is layers.0.attn.*"):
+        lower(model, {"layers.*.mpl.*": RECIPES["rowwise"]})
+    low = lower(model, {"layers.*": recipe("mxfp8")})
+    with pytest.raises(ValueError, match="seq of 24 on a rank does not divide"):
+        low.loss(low.init(0), {"tokens": torch.zeros(2, 24, dtype=torch.long)})
