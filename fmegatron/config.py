@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fmegatron import config_precision, toml
 from fmegatron.config_faults import Faults
 from fmegatron.config_monitors import Log, Monitors, Profile, Validation
+from fmegatron.config_fp8 import Fp8
 from fmegatron.config_semisync import SemiSync
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
@@ -225,6 +226,7 @@ class RunConfig:
     data: Data = Data()
     streaming: Streaming = Streaming()
     training: Training = Training()
+    fp8: Fp8 = Fp8()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     sharding: Sharding = Sharding()

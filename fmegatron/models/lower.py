@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +27,10 @@ STAYS = ("embed.*", "*.router.*", "*.experts.*", "*.shared_gate")
 Chosen = tuple[tuple[tuple[str, ...], Recipe], ...]  # (path inside the node's own tree, recipe)
 
 
-def lower(model: Model, recipes: Mapping[str, Recipe], *, first: int = 0, last: int = 0) -> Model:
+def lower(model: Model, recipes: Mapping[str, Recipe | None], *, first: int = 0, last: int = 0) -> Model:
     """The model with the products of chosen weights by their recipes; `first` and `last` layers stay as they are.
+
+    A recipe None leaves the weights that it is for as they are.
 
     Raises ValueError for a pattern that chooses nothing.
     """
@@ -74,7 +77,7 @@ def weights_of(model: Model, node: Node) -> list[tuple[tuple[str, ...], str]]:
 def _with(fn: NodeFn, chosen: Chosen) -> NodeFn:
     def lowered(sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
         for path, recipe in chosen:
-            p = _swap(p, path, lambda tensor, recipe=recipe: Lowered(tensor, recipe))
+            p = _swap(p, path, partial(Lowered, recipe=recipe))
         return fn(sh, p, v, key)
 
     return lowered

@@ -74,9 +74,10 @@ class Lines:
 def lines(sh: Sharding, plan: Product, names: tuple[tuple[str, ...], ...], recipe: Recipe) -> Lines:
     """The axes of a product's tokens, sum and columns."""
     owned = dict(plan.owned)
-    found = [tuple(sh.mesh[axis] for name in group for axis in owned[name]) for group in names]
-    taken = {axis.name for group in found for axis in group}
-    return Lines(recipe, *found, tuple(axis for axis in sh.mesh.axes if axis.size > 1 and axis.name not in taken))
+    tokens, inner, columns = (tuple(sh.mesh[axis] for name in group for axis in owned[name]) for group in names)
+    taken = {axis.name for axis in (*tokens, *inner, *columns)}
+    alike = tuple(axis for axis in sh.mesh.axes if axis.size > 1 and axis.name not in taken)
+    return Lines(recipe, tokens, inner, columns, alike)
 
 
 class _Linear(torch.autograd.Function):

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fmegatron.sharding.bucket import issue
 from fmegatron.sharding.collectives import AllGather, ReduceScatter
-from fmegatron.sharding.einsum import Product, multiply
+from fmegatron.sharding.einsum import Product, Weight, multiply
 
 
 def in_chunks(
-    products: Sequence[Product], x: Tensor, weights: Sequence[Tensor], rank: Tensor | None, chunks: int
+    products: Sequence[Product], x: Tensor, weights: Sequence[Tensor | Weight], rank: Tensor | None, chunks: int
 ) -> list[Tensor] | None:
     """The results of an einsum whose communication overlaps with its products; None where no collective stands beside them.
 
     Raises ValueError where the dim that travels does not divide into the chunks.
     """
     first = products[0]
-    if any(p.right for p in products) or any(p.left != first.left for p in products):
+    if any(p.right or p.left != first.left or not isinstance(w, Tensor) for p, w in zip(products, weights, strict=True)):
         return None
     if len(first.left) == 1 and isinstance(gather := first.left[0], AllGather) and not any(p.home for p in products):
         _check(x.shape[gather.dim], chunks, first.x[gather.dim])

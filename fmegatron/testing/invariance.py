@@ -19,6 +19,7 @@ from fmegatron import random, tree
 from fmegatron.models.model import Model, run_chain
 from fmegatron.nn import router
 from fmegatron.sharding import RULES, SINGLE, Placement, Rules, Sharding, shard, spmd, thread_mesh, virtual_mesh
+from fmegatron.sharding.einsum import Weight
 from fmegatron.sharding.named import split_arrow
 from fmegatron.sharding.placement import parse_names
 from fmegatron.sharding.relayout import plan_relayout, run
@@ -74,7 +75,7 @@ class Recording(Sharding):
     def align(self, x: Tensor, names: str, within: str) -> Tensor:
         return self.keep(f"{names} within {within}", f"{names} within {within}", super().align(x, names, within))
 
-    def einsum(self, pattern: str, x: Tensor, *weights: Tensor) -> Any:
+    def einsum(self, pattern: str, x: Tensor, *weights: Tensor | Weight) -> Any:
         result = super().einsum(pattern, x, *weights)
         outs = pattern.split("->")[1].replace("(", "").replace(")", "").split("|")
         for names, y in zip(outs, result if len(outs) > 1 else [result], strict=True):

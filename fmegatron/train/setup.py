@@ -28,6 +28,7 @@ from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import step_flops
+from fmegatron.train.lowbits import lowered
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import outer_of
@@ -157,7 +158,7 @@ def model_of(c: RunConfig, source: Source) -> Model:
         raise ConfigError(f"the tokenizer has {vocab} tokens and the model {size}: set model.overrides.vocab = {vocab}")
     if getattr(model.config, "positions", "") == "learned" and c.data.seq > model.config.context:
         raise ConfigError(f"data.seq = {c.data.seq}: the model has {model.config.context} learned positions")
-    return with_loss(model, c.model.loss) if c.model.loss else model
+    return lowered(c, with_loss(model, c.model.loss) if c.model.loss else model)
 
 
 def params_of(c: RunConfig, model: Model, own: Model, sh: Sharding) -> Tree:
