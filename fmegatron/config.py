@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from fmegatron import config_precision, toml
 from fmegatron.config_faults import Faults
-from fmegatron.config_monitors import Log, Monitors, Profile, Validation
 from fmegatron.config_fp8 import Fp8
+from fmegatron.config_monitors import Log, Monitors, Profile, Validation
 from fmegatron.config_semisync import SemiSync
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
