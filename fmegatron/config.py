@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fmegatron import config_precision, toml
+from fmegatron import config_batch, config_precision, toml
 from fmegatron.config_faults import Faults
 from fmegatron.config_fp8 import Fp8
 from fmegatron.config_monitors import Log, Monitors, Profile, Validation
@@ -50,6 +50,7 @@ class Model:
     function: str | None = option(None, "your.module:function that returns a model, in place of a preset")
     overrides: dict[str, Any] = option({}, "fields of the preset's config, or arguments of the function")
     loss: str | None = option(None, "your.module:function in place of the model's own loss")
+    mup: dict[str, Any] = option({}, "sizes of the base that rates were found on (embed, layers, ...; alpha, attention): muP")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Streaming:
 
 
 @dataclass(frozen=True)
-class Training(config_precision.Precision):
+class Training(config_batch.BatchSizes, config_precision.Precision):
     """How long, in what precision, with what memory."""
 
     steps: int = option(1000, "steps in all; a skipped one counts too", at_least=0)

@@ -66,7 +66,7 @@ def batch_at(samples: Rows, consumed: int, global_batch: int) -> Batch:
 
 def batches(
     samples: Rows,
-    global_batch: int | None = None,
+    global_batch: int | Callable[[int], int] | None = None,
     consumed: int = 0,
     *,
     place: Place | None = None,
@@ -78,11 +78,12 @@ def batches(
 ) -> Batches:
     """Training batches without end, starting after `consumed` samples and made ahead by background threads.
 
-    `global_batch` None: as many rows a step as `samples.step` says. `rows` are those of the global batch to read (all,
-    unless given), `drop` the entries to leave out; `place(key, tensor, names)` puts each tensor where it belongs, in the
-    caller's thread. A batch without "documents" lets attention cross from one document into the next.
+    `global_batch`: rows of a step, or that by the samples consumed before it; None: as many as `samples.step` says. `rows`
+    are those of the global batch to read (all, unless given), `drop` the entries to leave out; `place(key, tensor, names)`
+    puts each tensor where it belongs, in the caller's thread. A batch without "documents" lets attention cross from one
+    document into the next.
     """
-    if (global_batch is not None and global_batch < 1) or consumed < 0:
+    if (isinstance(global_batch, int) and global_batch < 1) or consumed < 0:
         raise ValueError(f"global_batch {global_batch} must be at least 1, consumed {consumed} at least 0")
     if global_batch is None and not isinstance(samples, RowsOfSteps):
         raise ValueError(f"{type(samples).__name__} has no steps of its own: give a global_batch")
@@ -119,12 +120,13 @@ def _own(numbers: range, rows: Own | None) -> list[int]:
     return [numbers[row] for row in chosen]
 
 
-def _steps(samples: Rows, global_batch: int | None, consumed: int) -> Iterator[range]:
+def _steps(samples: Rows, global_batch: int | Callable[[int], int] | None, consumed: int) -> Iterator[range]:
     while True:
         if global_batch is None:
             assert isinstance(samples, RowsOfSteps)
             step = samples.step(consumed)
         else:
-            step = range(consumed, consumed + global_batch)
+            size = global_batch(consumed) if callable(global_batch) else global_batch
+            step = range(consumed, consumed + size)
         yield step
         consumed = step.stop

@@ -72,6 +72,7 @@ class Config:
     tied: bool = False
     embed_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    fp32_residual: bool = False  # the residual stream in fp32, whatever the blocks compute in
     residual_multiplier: float = 1.0  # of what each block adds to the residual stream
     logit_softcap: float | None = None
     # loss
@@ -100,6 +101,8 @@ class Config:
                 raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
         if self.moe is not None and not isinstance(self.moe.layers, int) and len(self.moe.layers) != self.layers:
             raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for layers = {self.layers}")
+        if self.fp32_residual and self.norm_at == "post":
+            raise ValueError("fp32_residual with norm_at = post: the stream is a norm's output there, in the blocks' dtype")
         if self.qk_layer_scaling and self.attention_softcap is not None:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
         if self.kv_lora is not None:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fmegatron import random
+from fmegatron import random, tree
 from fmegatron.models import mtp
 from fmegatron.models.config import Config, kinds, moe_of
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token, run_chain
@@ -51,6 +52,8 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
     if key is not None and c.dropouts:
         out |= dropout.places(sh, v, place)
         out["h"] = dropout.apply(sh, c.embed_dropout, key, out["h"], out)
+    if c.fp32_residual:
+        out["h"] = out["h"].to(torch.promote_types(out["h"].dtype, torch.float32))
     watch.activation(sh, "h", out["h"], STREAM)
     return out
 
@@ -58,9 +61,10 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
 def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """One block: attention, then the feed-forward or the experts, each added to the residual stream."""
     n, out = c.block_norm, {}
+    dtype = tree.leaves(p)[0].dtype  # of the blocks; the stream's too, unless it is fp32
 
     def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
-        y = block(norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h)
+        y = block((norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h).to(dtype))
         if c.norm_at in ("peri", "out"):
             y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
         watch.activation(sh, name, y, STREAM)
@@ -96,7 +100,7 @@ def _terms(c: Config) -> tuple[str, ...]:
 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """The last norm; the stream, labels and weights to where the loss wants their sequence."""
-    h = norm.apply(sh, c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
+    h = norm.apply(sh, c.block_norm, p["norm"], v["h"]).to(p["norm"]["weight"].dtype) if "norm" in p else v["h"]
     watch.activation(sh, "out", h, STREAM)
     return ({"h": h} if c.mtp else {}) | {
         "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),

@@ -13,7 +13,7 @@ from fmegatron.config import RunConfig
 from fmegatron.data.place import reading, shards_of
 from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
-from fmegatron.train import setup, setup_precision
+from fmegatron.train import setup, setup_batch, setup_precision
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
@@ -114,7 +114,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         model,
         tx,
         sh,
-        microbatches=t.microbatches,
+        microbatches=setup_batch.parts_of(c, shards_of(sh)),
         remat=t.remat,
         compile=compiled,
         dtype=dtype,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmegatron.optim import BatchSizes
 from fmegatron.sharding import Mesh
 from fmegatron.train.clock import Clock
 from fmegatron.train.flops import mfu, peak_flops
@@ -65,7 +66,7 @@ class Book:
         writers: Sequence[Writer],
         mesh: Mesh,
         *,
-        batch: int,
+        sizes: BatchSizes,
         seq: int,
         flops: float,
         numbers: Mapping[str, Number],
@@ -73,7 +74,7 @@ class Book:
         past: Past | None = None,
         late: bool | None = None,
     ) -> None:
-        self.writers, self.device, self.batch, self.tokens, self.flops = writers, mesh.device, batch, batch * seq, flops
+        self.writers, self.device, self.sizes, self.seq, self.flops = writers, mesh.device, sizes, seq, flops
         self.numbers, past = numbers, past or Past()
         cuda = torch.device(mesh.device).type == "cuda"
         self.waits = cuda if late is None else late  # elsewhere a step is done when it returns
@@ -107,13 +108,14 @@ class Book:
         values = {name.removeprefix("tap.max.").removeprefix("tap.sum."): x for name, x in reading.values().items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        rate = self.flops / seconds
+        before, consumed = self.sizes.before(torch.tensor([step - 1, step])).tolist()
+        rate = self.flops * (consumed - before) / seconds
         record: dict[str, Any] = {"step": step, **losses(values), "grad_norm": values["grad_norm"]}
         applied = torch.tensor(max(step - int(values["skipped"]) - 1, 0))
         record |= {name: float(value(applied)) for name, value in self.numbers.items()}
-        record |= {"tokens_per_second": self.tokens / seconds, "seconds": seconds, "tflops": rate / 1e12}
+        record |= {"tokens_per_second": (consumed - before) * self.seq / seconds, "seconds": seconds, "tflops": rate / 1e12}
         record |= {"mfu": share} if (share := mfu(rate, self.peak, self.devices)) is not None else {}
-        record |= memory(self.device) | {"skipped": int(values["skipped"]), "consumed": step * self.batch}
+        record |= memory(self.device) | {"skipped": int(values["skipped"]), "consumed": consumed}
         record |= {f"time/{part}": x for part, x in (clock.seconds() if clock is not None else {}).items()}
         counts = values["skipped"] <= self.skipped
         self.useful, self.skipped = self.useful + (seconds if counts else 0.0), int(values["skipped"])

@@ -32,6 +32,7 @@ from fmegatron.train.optimizers import numbers_of
 from fmegatron.train.profile import Traces
 from fmegatron.train.progress import progress
 from fmegatron.train.saver import Saver
+from fmegatron.train.setup_batch import sizes_of
 from fmegatron.train.signals import stop_on_signals
 from fmegatron.train.state import TrainState
 from fmegatron.train.validate import measure
@@ -72,7 +73,7 @@ def train(
 
     mark: save at once, because the checkpoint that it comes from does not know which samples are left out.
     """
-    c = parts.config
+    c, sizes = parts.config, sizes_of(parts.config)
     done, steps = saving.steps_so_far(state), c.training.steps
     saved = done if checkpoint.latest(parts.checkpoints) is not None else -1
     with ExitStack() as stack:
@@ -81,9 +82,9 @@ def train(
         book = Book(
             [show, *writers(parts, stack, done)] if show is not None else [],
             parts.sh.mesh,
-            batch=c.training.global_batch,
+            sizes=sizes,
             seq=c.data.seq,
-            flops=setup.flops_of(parts.model, c.data.seq, c.training.global_batch),
+            flops=setup.flops_of(parts.model, c.data.seq, 1),
             numbers=numbers_of(c),
             precision=c.training.dtype,
             past=facts.past(parts.folder) if parts.first else None,
@@ -91,7 +92,7 @@ def train(
         guard.begin(done)
         feed = batches(
             guard.rows(parts.source.rows),
-            c.training.global_batch,
+            sizes.at,
             _consumed(state),
             ahead=c.data.ahead,
             workers=c.data.workers,

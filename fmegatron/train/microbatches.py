@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +12,16 @@ from fmegatron.sharding import Sharding
 
 Batch = Mapping[str, Tensor]
 Batches = Batch | Sequence[Batch]
+Parts = int | Callable[[int], int]
 
 
-def microbatches_of(model: Model, sh: Sharding, batch: Batches, parts: int, even: bool = True) -> list[Values]:
+def microbatches_of(model: Model, sh: Sharding, batch: Batches, parts: Parts, even: bool = True) -> list[Values]:
     """The microbatches of a local batch, with what they lacked; a list of batches is taken as it is.
 
-    even: whether rows must divide. Raises ValueError in one line where batches and `parts` do not fit.
+    parts: how many, or that by the number of local rows. even: whether rows must divide. Raises ValueError in one line
+    where batches and `parts` do not fit.
     """
+    parts = parts(rows_of(batch)) if callable(parts) else parts
     if isinstance(batch, Mapping):
         return split(model.inputs(sh, batch), parts, even)
     if len(batch) != parts:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fmegatron import optim, tree
+from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Config, Model
 from fmegatron.models.gpt import gpt
 from fmegatron.nn import param
@@ -55,6 +56,29 @@ def mup(c: Config, base: Config, *, alpha: float = 1.0, attention: bool = False)
     found = scales(model.declare, c.sizes, base.sizes, depth, alpha)
     declare = tree.map_with_path(lambda path, p: _started(p, path, found[path].init), model.declare)
     return replace(model, declare=declare), found
+
+
+def mup_of(c: RunConfig, model: Model) -> tuple[Model, dict[str, Scale]]:
+    """A run's model in the parametrization of its model.mup, and its leaves' scales. Raises ConfigError."""
+    said = dict(c.model.mup)
+    how = {name: said.pop(name) for name in ("alpha", "attention") if name in said}
+    if not isinstance(model.config, Config) or c.model.hf or c.model.function:
+        raise ConfigError("model.mup: it is for presets, which say their sizes")
+    if unknown := sorted(said.keys() - {"embed", "layers", "heads", "kv", "hd", "mlp"}):
+        raise ConfigError(f"model.mup.{unknown[0]}: the base's embed, layers, heads, kv, hd, mlp, and alpha, attention")
+    try:
+        return mup(model.config, replace(model.config, **said), **how)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.mup: {error}") from None
+
+
+def scales_of(c: RunConfig, model: Model) -> dict[str, Scale]:
+    """The scales of the leaves of a model of `mup_of`, or of some stages of it."""
+    base = {name: n for name, n in c.model.mup.items() if name not in ("alpha", "attention")}
+    own = model.config
+    base_config = replace(own, **base)
+    depth = own.layers / base_config.layers
+    return scales(model.declare, own.sizes, base_config.sizes, depth, c.model.mup.get("alpha", 1.0))
 
 
 def scales(

@@ -18,6 +18,8 @@ from fmegatron.models import Model
 from fmegatron.nn import param
 from fmegatron.optim import Switch, Transform
 from fmegatron.train import checkpoint
+from fmegatron.train.mup import mup_adamw, scales_of
+from fmegatron.train.setup_batch import samples_before, sizes_of
 
 Schedule = Callable[[Tensor], Tensor]
 NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "decoupled_adamw", "qhadamw", "adopt", "qhadopt",
@@ -30,8 +32,8 @@ SCHEDULE = ("lr", "schedule", "unit", "warmup", "warmup_fraction", "warmup_init"
 def schedule_of(c: RunConfig) -> Schedule:
     """The learning rate by number of applied updates. A run too short for warmup and decay sees their beginning."""
     o = c.optimizer
-    batch = c.training.global_batch if o.unit == "samples" else 1
-    steps = c.training.steps * batch
+    samples = o.unit == "samples"
+    steps = samples_before(c, c.training.steps) if samples else c.training.steps
     warmup = o.warmup
     if o.warmup_fraction is not None:
         warmup = round(o.warmup_fraction * (steps if o.decay_steps is None else o.decay_steps))
@@ -46,7 +48,7 @@ def schedule_of(c: RunConfig) -> Schedule:
     else:
         end = max(steps, warmup) if o.decay_steps is None else warmup + o.decay_steps
         rate = {"linear": optim.linear, "cosine": optim.cosine}[o.schedule](o.lr, steps=end, min=o.min_lr, **shape)
-    rate = rate if batch == 1 else optim.by_samples(rate, batch)
+    rate = optim.by_samples(rate, sizes_of(c).before) if samples else rate
     switch = o.switch
     return optim.scaled(rate, switch["at"], switch["lr_scale"]) if "lr_scale" in switch and "at" in switch else rate
 
@@ -147,6 +149,11 @@ def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
     """The named optimizer with the keywords that were given."""
     o = c.optimizer
     build, takes, given = _keywords(c)
+    if c.model.mup:
+        if o.name != "adamw" or o.groups:
+            raise ConfigError(f"model.mup with optimizer.name = {o.name}: its scales are of adamw, without groups")
+        found = {key: value for key, value in given.items() if key in ("betas", "eps", "weight_decay", "decouple")}
+        return optim.in_formats(mup_adamw(scales_of(c, model), schedule, **found), o.mu_dtype, o.nu_dtype)
     ours = {"mask": lambda: param.decay_mask(model.declare), "declare": lambda: model.declare}
     given |= {key: make() for key, make in ours.items() if key in takes and o.name in NAMES}
     arguments = dict(o.arguments)

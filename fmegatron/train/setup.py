@@ -29,6 +29,7 @@ from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_m
 from fmegatron.sharding.zigzag import check_length
 from fmegatron.train.flops import step_flops
 from fmegatron.train.lowbits import lowered
+from fmegatron.train.mup import mup_of
 from fmegatron.train.optimizers import Schedule as Schedule
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import outer_of
@@ -153,6 +154,7 @@ def model_of(c: RunConfig, source: Source) -> Model:
         padded = tokenizers.padded_vocab(vocab, c.data.pad_vocab) if vocab else None
         sizes = {"vocab": padded} if c.data.source == "stdlib" or c.data.pad_vocab > 1 else {}
         model = models.preset(c.model.preset, **(sizes | c.model.overrides))
+        model = mup_of(c, model)[0] if c.model.mup else model
     known = model.sizes.get("vocab")
     if vocab is not None and known is not None and vocab > (size := known if isinstance(known, int) else known.n):
         raise ConfigError(f"the tokenizer has {vocab} tokens and the model {size}: set model.overrides.vocab = {vocab}")

@@ -35,7 +35,7 @@ def precision_of(c: RunConfig) -> Precision:
 def check_moments(c: RunConfig, model: Model, sh: Sharding) -> None:
     """ConfigError where moments in blocks would be cut inside a block, or moments in fewer bits averaged over replicas."""
     o = c.optimizer
-    if c.mesh.replica > 1 and (o.mu_dtype, o.nu_dtype) != ("fp32", "fp32"):
+    if c.semisync.params and (o.mu_dtype, o.nu_dtype) != ("fp32", "fp32"):
         raise ConfigError("optimizer.mu_dtype, nu_dtype: moments of replicas that go apart are averaged, keep them fp32")
     if not {"fp16", "fp8"} & {o.mu_dtype, o.nu_dtype}:
         return

@@ -12,6 +12,7 @@ from fmegatron import data
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import mds
 from fmegatron.train.mixing import files_of, fill_in_the_middle, mixed
+from fmegatron.train.setup_batch import samples_before
 
 Say = Callable[[str], None]
 
@@ -85,7 +86,7 @@ def _token_files(c: RunConfig) -> data.Corpus:
     how = None
     if d.order == "megatron":
         cache = str(d.cache or c.run.folder.parent / "cache")
-        how = data.Megatron(c.training.steps * c.training.global_batch, d.eod_mask_loss, cache)
+        how = data.Megatron(samples_before(c, c.training.steps), d.eod_mask_loss, cache)
     return data.Corpus(train, tokenizer, valid, split=d.split, megatron=how)
 
 

@@ -31,7 +31,7 @@ from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, add_moves, plan_leaves, to_optimizer, to_storage
 from fmegatron.train.meeting import Meeting, meeting_of
-from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
+from fmegatron.train.microbatches import Batches, Parts, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.norms import watched
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
 from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
@@ -55,7 +55,7 @@ class Plan:
     sh: Sharding
     leaves: dict[str, Leaf]
     remat: Remat
-    microbatches: int = 1
+    microbatches: Parts = 1
     dtype: torch.dtype | None = None
     prefetch: int = 1
     reshard: Reshard = ALWAYS
@@ -87,7 +87,7 @@ def plan_step(
     model: Model,
     sh: Sharding,
     *,
-    microbatches: int = 1,
+    microbatches: Parts = 1,
     remat: str | Remat = "none",
     compile: bool = False,
     dtype: torch.dtype | None = None,
