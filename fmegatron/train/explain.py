@@ -109,6 +109,7 @@ def _explanation(
 ) -> Explanation:
     """What a rehearsed step holds and sends."""
     plan = practice.plan
+    assert isinstance(plan.microbatches, int), "one size of batch is explained"
     traffic.clear()
     practice.step()
     leaves = _explain_leaves(plan, practice.opt_state, dtype or torch.float32)

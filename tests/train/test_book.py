@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import toml
 from fmegatron.config import RunConfig
+from fmegatron.optim import BatchSizes
 from fmegatron.sharding import Mesh
 from fmegatron.train.book import Book, Past, Reading, over_layers
 from fmegatron.train.clock import Clock
@@ -29,7 +30,7 @@ class Kept:
 
 
 def book(kept, **more):
-    settings = {"batch": 2, "seq": 8, "flops": 1e6, "numbers": {"lr": lambda count: 0.1 * count}, "precision": "fp32"}
+    settings = {"sizes": BatchSizes(((0, 2),)), "seq": 8, "flops": 5e5, "numbers": {"lr": lambda count: 0.1 * count}, "precision": "fp32"}
     return Book([kept], Mesh("single"), **{**settings, **more})
 
 
