@@ -30,7 +30,8 @@ class Kept:
 
 
 def book(kept, **more):
-    settings = {"sizes": BatchSizes(((0, 2),)), "seq": 8, "flops": 5e5, "numbers": {"lr": lambda count: 0.1 * count}, "precision": "fp32"}
+    settings = {"sizes": BatchSizes(((0, 2),)), "seq": 8, "flops": 5e5, "precision": "fp32"}
+    settings |= {"numbers": {"lr": lambda count: 0.1 * count}}
     return Book([kept], Mesh("single"), **{**settings, **more})
 
 
