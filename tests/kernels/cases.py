@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmegatron.kernels import activation, cross_entropy, norm, rope
+from fmegatron.kernels import activation, cross_entropy, grouped_matmul, norm, permute, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = torch.float64
@@ -24,6 +24,7 @@ class Case:
     call: Callable[..., Any]
     fixed: tuple[int, ...] = ()
     whole: tuple[int, ...] = ()  # inputs without rows of their own: weights, tables
+    moves: bool = False  # rows of the result are not those of the input
 
     def draw(self, rows: int, dtype: torch.dtype = D, seed: int = 0) -> list[Tensor | None]:
         torch.manual_seed(seed)
@@ -114,4 +115,22 @@ def losses() -> list[Case]:
             Case("linear", linear, call, (2, 3), (1,))]
 
 
-CASES = [*norms(), *activations(), *ropes(), *losses()]
+def experts() -> list[Case]:
+    def slots(rows: int) -> Tensor:
+        slot = torch.randperm(3 * rows + 4)[:2 * rows].reshape(rows, 2)
+        return torch.where(slot >= 2 * rows + 2, 2 * rows + 2, slot)  # dropped, several of them
+
+    def counts(rows: int) -> Tensor:
+        return torch.tensor([rows // 3, 0, rows - rows // 3 - rows // 4])  # the rest belongs to nobody
+
+    def product(form: str, x: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        return grouped_matmul.grouped_matmul(x, w, n, form=form)  # type: ignore[arg-type]
+
+    return [Case("permute", lambda rows: [normal(rows, 19), slots(rows)],
+                 lambda form, x, slot: permute.permute(x, slot, 2 * slot.shape[0] + 2, form=form), (1,), moves=True),
+            Case("unpermute", lambda rows: [normal(2 * rows + 2, 19), slots(rows), normal(rows, 2)],
+                 lambda form, *xs: permute.unpermute(*xs, form=form), (1,), (0,), moves=True),
+            Case("grouped_matmul", lambda rows: [normal(rows, 21), normal(3, 21, 19), counts(rows)], product, (2,), (1,))]
+
+
+CASES = [*norms(), *activations(), *ropes(), *losses(), *experts()]

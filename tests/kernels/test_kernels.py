@@ -63,6 +63,8 @@ def test_what_is_not_finite_stays_in_its_row(case: Case, value):
         clean, got, want = (case.call(form, *xs) for form, xs in (("triton", inputs), ("triton", bad), ("reference", bad)))
     for a, b, c in zip(*(y if isinstance(y, tuple) else (y,) for y in (clean, got, want)), strict=True):
         assert torch.equal(b.isfinite(), c.isfinite()) and torch.equal(b.isnan(), c.isnan())
+        if case.moves:
+            continue
         keep = torch.ones_like(a, dtype=torch.bool)
         keep[at] = False
         assert torch.equal(a[keep], b[keep])
