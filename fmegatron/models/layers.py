@@ -67,7 +67,7 @@ def zeros(model: Model, sh: Sharding, dtype: torch.dtype = torch.float32) -> Tre
         place = _stored(p, path, sh)
         shape = [sh.mesh.size] if sh.mesh.stacked else []
         for name, axes in zip(place.names, place.axes, strict=True):
-            size = here.size(name)
+            size = here.size(name) + place.pad(place.names.index(name))
             for axis in axes:
                 size //= sh.mesh[axis].size
             shape.append(size)

@@ -180,8 +180,9 @@ def init_leaf(
     sizes: Sizes,
     index: Sequence[Tensor],
     dtype: torch.dtype = torch.float32,
+    pads: Sequence[int] = (),
 ) -> Tensor:
-    """The piece of a leaf's initial values at the given global indices; pads are zero.
+    """The piece of a leaf's initial values at the given global indices; pads are zero, also those of its placement.
 
     path: the leaf's, dotted, with its run: "layers.4.attn.q". index: for each dim int64 [local size], which may be
     batched under vmap; along layers it counts from the run's first layer. Returns [local sizes] in `dtype`.
@@ -199,7 +200,7 @@ def init_leaf(
         for i, here in enumerate([rows, *index[1:]]):
             here = along(i, here)
             flat = flat * true[i] + here + (first if i == 0 else 0)
-            if isinstance(sizes.get(names[i]), Size):
+            if isinstance(sizes.get(names[i]), Size) or (pads and pads[i]):
                 real = here < true[i]
                 inside = real if inside is None else inside & real
         value = param.init(key, flat)

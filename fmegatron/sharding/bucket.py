@@ -132,6 +132,9 @@ def _pack(pieces: Sequence[Tensor]) -> Tensor:
 def _join(op: AlongDim, blocks: Tensor, into: Tensor | None) -> Tensor:
     """Blocks as a whole dim, in memory of its own, or in `into`'s: a view would keep the whole bucket."""
     pieces, dim = blocks.movedim(0, op.dim), op.dim
+    if op.pad:
+        whole = op.join(blocks)
+        return whole if into is None else into.data.copy_(whole)
     shape = [*pieces.shape[:dim], pieces.shape[dim] * pieces.shape[dim + 1], *pieces.shape[dim + 2 :]]
     whole = pieces.new_empty(shape) if into is None else into.data
     whole.unflatten(dim, (op.axis.size, -1)).copy_(pieces)

@@ -92,20 +92,24 @@ class Once(Op):
 
 @dataclass(frozen=True)
 class AlongDim(Op):
-    """An op that cuts or joins one dim."""
+    """An op that cuts or joins one dim; `pad` zeros are added to its end before it is cut, and dropped once it is joined."""
 
     dim: int
+    pad: int = 0
 
     def under(self, dims: int) -> Op:
         return replace(self, dim=self.dim + dims)
 
     def cut(self, x: Tensor) -> Tensor:
         """Whole -> n blocks on a leading dim."""
+        if self.pad:
+            x = torch.cat([x, x.new_zeros((*x.shape[: self.dim], self.pad, *x.shape[self.dim + 1 :]))], self.dim)
         return x.unflatten(self.dim, (self.axis.size, -1)).movedim(self.dim, 0)
 
     def join(self, blocks: Tensor) -> Tensor:
         """n blocks on a leading dim -> whole."""
-        return blocks.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+        whole = blocks.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+        return whole.narrow(self.dim, 0, whole.shape[self.dim] - self.pad).contiguous() if self.pad else whole
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class AllGather(AlongDim):
 
     @property
     def transpose(self) -> Op:
-        return ReduceScatter(self.axis, self.dim)
+        return ReduceScatter(self.axis, self.dim, self.pad)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class ReduceScatter(AlongDim):
 
     @property
     def transpose(self) -> Op:
-        return AllGather(self.axis, self.dim)
+        return AllGather(self.axis, self.dim, self.pad)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Take(AlongDim):
 
     @property
     def transpose(self) -> Op:
-        return Place(self.axis, self.dim)
+        return Place(self.axis, self.dim, self.pad)
 
 
 @dataclass(frozen=True)
@@ -162,28 +166,32 @@ class Place(AlongDim):
 
     @property
     def transpose(self) -> Op:
-        return Take(self.axis, self.dim)
+        return Take(self.axis, self.dim, self.pad)
 
 
 @dataclass(frozen=True)
 class AllToAll(Op):
-    """The axis moves from dim `join` to dim `split`: pieces of `split` go out, whole `join` comes in."""
+    """The axis moves from dim `joined` to dim `split`: pieces of `split` go out, whole `joined` comes in.
+
+    pads: zeros added to `split` before it is cut, and dropped from `joined`.
+    """
 
     split: int
     joined: int
+    pads: tuple[int, int] = (0, 0)
 
     def under(self, dims: int) -> Op:
         return replace(self, split=self.split + dims, joined=self.joined + dims)
 
     def issue(self, x: Tensor, rank: Tensor, via: Transport) -> Tensor:
-        return via.all_to_all(AllGather(self.axis, self.split).cut(x), self.axis, rank)
+        return via.all_to_all(AllGather(self.axis, self.split, self.pads[0]).cut(x), self.axis, rank)
 
     def complete(self, issued: Tensor, via: Transport) -> Tensor:
-        return AllGather(self.axis, self.joined).join(via.wait(issued))
+        return AllGather(self.axis, self.joined, self.pads[1]).join(via.wait(issued))
 
     @property
     def transpose(self) -> Op:
-        return AllToAll(self.axis, self.joined, self.split)
+        return AllToAll(self.axis, self.joined, self.split, self.pads[::-1])
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Size:
 class Placement:
     """Names of the dims in order, the mesh axes of each (outer to inner), and axes on which the value is partial.
 
+    pads: for each dim the zeros that follow it so that its axes divide it; () is none. Only dims that lie over wildcards' axes
+    alone have any: what is gathered over these has none.
     Along a mesh axis a value is sharded (the axis is in `axes`), partial (in `partial`: the true value is the sum over the
     ranks) or replicated (in neither).
     """
@@ -33,6 +35,11 @@ class Placement:
     names: tuple[str, ...]
     axes: tuple[tuple[str, ...], ...]
     partial: frozenset[str] = frozenset()
+    pads: tuple[int, ...] = ()
+
+    def pad(self, dim: int) -> int:
+        """The pads of one dim, by its number."""
+        return self.pads[dim] if self.pads else 0
 
     def of(self, name: str) -> tuple[str, ...]:
         """The mesh axes of one dim."""
@@ -44,7 +51,9 @@ class Placement:
         return frozenset(axis for axes in self.axes for axis in axes)
 
     def __str__(self) -> str:
-        dims = " ".join(n + (f":{'·'.join(a)}" if a else "") for n, a in zip(self.names, self.axes, strict=True))
+        pads = [f"+{pad}" if pad else "" for pad in self.pads or (0,) * len(self.names)]
+        parts = zip(self.names, self.axes, pads, strict=True)
+        dims = " ".join(n + (f":{'·'.join(a)}{pad}" if a else "") for n, a, pad in parts)
         return dims + (f" +{'+'.join(sorted(self.partial))}" if self.partial else "")
 
 
@@ -73,6 +82,7 @@ def place(
     """
     given: dict[str, list[str]] = {name: [] for name in names}
     taken: set[str] = set()
+    ruled: set[str] = set()  # names that have axes of lines of their own: only others are padded, at the end of the whole dim
 
     def shards(name: str) -> int:
         return math.prod(mesh[axis] for axis in given[name])
@@ -90,7 +100,7 @@ def place(
             if mesh.get(axis, 1) == 1 or axis in taken:
                 continue
             if name == "*":
-                target = _largest(names, given, sizes, mesh, axis)
+                target = _largest(names, given, sizes, mesh, axis) or _padded(names, given, ruled, sizes, mesh, axis)
                 if target is not None:
                     given[target].append(axis)
                     taken.add(axis)
@@ -99,10 +109,16 @@ def place(
                     raise ValueError(f"rule ({name!r}, {text!r}) is optional, so the size of {name!r} must be known: bind it")
                 if divides(name, axis):
                     given[name].append(axis)
+                    ruled.add(name)
                 elif not optional:
                     raise ValueError(_indivisible(leaf, names, name, sizes[name], axis, mesh[axis], shards(name)))
                 taken.add(axis)  # also where skipped: the tensor is then replicated on this axis
-    return Placement(names, tuple(tuple(given[name]) for name in names))
+    pads = tuple(-_whole(sizes[name]) % shards(name) if given[name] and name not in ruled else 0 for name in names)
+    return Placement(names, tuple(tuple(given[name]) for name in names), pads=pads if any(pads) else ())
+
+
+def _whole(size: int | Size) -> int:
+    return size.padded() if isinstance(size, Size) else size
 
 
 UNSHARDED = ("layers", "router_expert")  # the wildcard leaves these whole: a block takes slices of them, or all of few
@@ -117,10 +133,25 @@ def _largest(
         size = sizes.get(name)
         if size is None or name in UNSHARDED:
             continue
-        whole = size.padded() if isinstance(size, Size) else size
+        whole = _whole(size)
         shards = math.prod(mesh[a] for a in given[name])
         if whole % (shards * mesh[axis]) == 0 and whole // shards > best_size:
             best, best_size = name, whole // shards
+    return best
+
+
+def _padded(
+    names: tuple[str, ...], given: Mapping[str, list[str]], ruled: set[str], sizes: Sizes, mesh: Mapping[str, int], axis: str
+) -> str | None:
+    """The largest dim that a wildcard may put on `axis` with pads; None where each has fewer elements than ranks."""
+    best, most = None, mesh[axis] - 1
+    for name in names:
+        size = sizes.get(name)
+        if size is None or name in UNSHARDED or name in ruled:
+            continue
+        here = _whole(size) // math.prod(mesh[a] for a in given[name])
+        if here > most:
+            best, most = name, here
     return best
 
 

@@ -33,6 +33,8 @@ def shard(sh: Sharding, x: Tensor, names: str, kind: Kind | None = None, leaf: s
     """A global tensor's local pieces: this rank's, or all ranks' stacked; pads are zeros."""
     place = sh.placement(names, kind, leaf)
     x = stored(sh, _pad(sh, x, place.names, leaf), place.names)
+    for dim, pad in enumerate(place.pads):
+        x = torch.cat([x, x.new_zeros((*x.shape[:dim], pad, *x.shape[dim + 1 :]))], dim) if pad else x
     if sh.mesh.stacked:
         return stack_shards(sh.mesh, x, place)
     if sh.mesh.rank is None:

@@ -43,8 +43,13 @@ class Layout:
         return self.memo[key]
 
     def placement(self, names: tuple[str, ...], kind: Kind | None = None, leaf: str | None = None) -> Placement:
-        """Where a tensor with these names lies."""
-        return place(names, self.rules.lines(kind or self.activations), self.mesh.sizes, self.sizes, leaf)
+        """Where a tensor with these names lies; what is stored is padded as the optimizer's pieces of it want it."""
+        found = place(names, self.rules.lines(kind or self.activations), self.mesh.sizes, self.sizes, leaf)
+        if kind == "storage" and self.rules.storage and self.rules.optimizer:
+            pieces = self.placement(names, "optimizer", leaf)
+            pads = tuple(pieces.pad(dim) if axes else 0 for dim, axes in enumerate(found.axes))
+            return replace(found, pads=pads if any(pads) else ())
+        return found
 
     def large(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of several ranks."""
@@ -167,10 +172,11 @@ class Sharding:
         """Ranks among which the sequence lies zigzag; 1: it lies contiguous."""
         return int(self.layout.plan("zigzag"))
 
-    def slice_index(self, name: str, axes: tuple[str, ...], like: Tensor) -> Tensor:
-        """Global indices of this rank's slice of a bound dim that lies over `axes`: int64 [size / ranks], on like's device."""
+    def slice_index(self, name: str, axes: tuple[str, ...], like: Tensor, pad: int = 0) -> Tensor:
+        """Global indices of this rank's slice of a bound dim that lies over `axes`: int64 [(size + pad) / ranks], on like's
+        device."""
         shards = math.prod(self.mesh[axis].size for axis in axes)
-        local = self.size(name) // shards
+        local = (self.size(name) + pad) // shards
         return torch.arange(local, device=like.device) + named.offset(self.mesh, self.rank, axes, local)
 
     # -- moving data ------------------------------------------------------------------------------------------------

@@ -206,6 +206,9 @@ def _notes(sh: Sharding, leaf: Leaf) -> tuple[str, ...]:
         if sh.size(name) != sh.true_size(name):
             notes.append(f"{name} is padded from {sh.true_size(name)} to {sh.size(name)}")
     for kind, place in (("compute", leaf.compute), ("storage", leaf.storage), ("optimizer", leaf.optimizer)):
+        for name, axes, pad in zip(place.names, place.axes, place.pads, strict=False):
+            if pad:
+                notes.append(f"{name} of {sh.size(name)} has {pad} pads over {'·'.join(axes)} in {kind}")
         for name, axes in sh.rules.lines(kind):  # type: ignore[arg-type]
             for text in axes:
                 axis, n = text.rstrip("?"), sh.mesh.sizes.get(text.rstrip("?"), 1)

@@ -85,7 +85,7 @@ def _slice(place: Placement) -> Placement:
     if place.names[:1] != ("layers",):
         return place
     assert not place.axes[0], "layers are never sharded by rules"
-    return Placement(place.names[1:], place.axes[1:], place.partial)
+    return Placement(place.names[1:], place.axes[1:], place.partial, place.pads[1:])
 
 
 def to_optimizer(leaves: dict[str, Leaf], params: Tree, sh: Sharding) -> Tree:
@@ -114,7 +114,7 @@ def add_moves(
         paths = layer_paths(leaf.path, leaf.param)
         if paths[0] in moves:
             move = torch.stack([moves[path] for path in paths]) if leaf.stacked else moves[paths[0]]
-            whole = replace(leaf.optimizer, axes=((),) * len(leaf.optimizer.axes))
+            whole = replace(leaf.optimizer, axes=((),) * len(leaf.optimizer.axes), pads=())
             old = join(values[i], values[n + i]) if halves else values[i]
             own = run(move.to(old.dtype), sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
             new = old + torch.where(ok, own, torch.zeros_like(own))

@@ -36,7 +36,7 @@ def on_matrices(
     groups: dict[tuple[object, ...], list[str]] = {}
     numbered = {path: _numbered(x, leaves[path].optimizer, views[path]) for path, x in values.items()}
     for path, (x, place, view) in numbered.items():
-        groups.setdefault((view, place.axes, tuple(x.shape[1:]), x.dtype), []).append(path)
+        groups.setdefault((view, place.axes, place.pads, tuple(x.shape[1:]), x.dtype), []).append(path)
     for paths in groups.values():
         _, place, view = numbered[paths[0]]
         xs = [numbered[path][0] for path in paths]
@@ -49,7 +49,8 @@ def _numbered(x: Tensor, place: Placement, view: Matrix) -> tuple[Tensor, Placem
     """A leaf with a leading dim that numbers matrices, also where it is one matrix."""
     if view.batch:
         return x, place, view
-    return x[None], Placement(("layers", *place.names), ((), *place.axes)), replace(view, batch=1)
+    numbered = Placement(("layers", *place.names), ((), *place.axes), pads=(0, *place.pads) if place.pads else ())
+    return x[None], numbered, replace(view, batch=1)
 
 
 def _exchanged(sh: Sharding, fn: Callable[[Tensor], Tensor], x: Tensor, place: Placement, view: Matrix) -> Tensor:
@@ -62,7 +63,8 @@ def _exchanged(sh: Sharding, fn: Callable[[Tensor], Tensor], x: Tensor, place: P
             share.append(axis.name)
             ranks *= axis.size
     kept = place.axes[1 : view.batch]
-    whole = Placement(place.names, ((*place.axes[0], *share, *move), *kept, *((),) * (x.dim() - view.batch)))
+    pads = tuple(pad if dim < view.batch else 0 for dim, pad in enumerate(place.pads))
+    whole = Placement(place.names, ((*place.axes[0], *share, *move), *kept, *((),) * (x.dim() - view.batch)), pads=pads)
     n = x.shape[0]
     full = torch.cat([x, x.new_zeros(-n % ranks, *x.shape[1:])]) if n % ranks else x
     mine = run(full, sh.rank, plan_relayout(sh.mesh, place, whole))

@@ -87,4 +87,4 @@ def local_shape(sh: Sharding, leaf: Leaf, place: Placement) -> tuple[int, ...]:
     """A leaf's shape on one rank, where it lies as `place`."""
     sh = sh if leaf.param.layers is None else sh.bind({"layers": leaf.param.layers})
     ranks = [math.prod(sh.mesh[axis].size for axis in axes) for axes in place.axes]
-    return tuple(sh.size(name) // n for name, n in zip(place.names, ranks, strict=True))
+    return tuple((sh.size(name) + place.pad(dim)) // n for dim, (name, n) in enumerate(zip(place.names, ranks, strict=True)))

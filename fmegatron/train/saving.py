@@ -245,7 +245,7 @@ def _factored(slot: str, leaf: Leaf) -> tuple[Param, Placement]:
     place = leaf.optimizer
     axes = tuple(() if dim in gone else axes for dim, axes in enumerate(place.axes))
     kept = ["one" if dim in gone else name for dim, name in enumerate(names)]
-    return replace(leaf.param, names=" ".join(kept)), replace(place, names=tuple(kept), axes=axes)
+    return replace(leaf.param, names=" ".join(kept)), replace(place, names=tuple(kept), axes=axes, pads=())
 
 
 def _own_memory(x: Tensor) -> Tensor:

@@ -83,11 +83,10 @@ def init_params(model: Model, sh: Sharding, leaves: dict[str, Leaf], key: Tensor
 
     def leaf(path: str, declared: param.Param) -> Tensor:
         here = sh if declared.layers is None else sh.bind({"layers": declared.layers})
-        index = [
-            here.slice_index(name, axes, key)
-            for name, axes in zip(leaves[path].storage.names, leaves[path].storage.axes, strict=True)
-        ]
-        return param.init_leaf(declared, path, key, model.sizes, index, dtype)
+        place = leaves[path].storage
+        names = zip(place.names, place.axes, place.pads or (0,) * len(place.names), strict=True)
+        index = [here.slice_index(name, axes, key, pad) for name, axes, pad in names]
+        return param.init_leaf(declared, path, key, model.sizes, index, dtype, place.pads)
 
     return tree.map_with_path(leaf, model.declare)
 
