@@ -173,8 +173,7 @@ class Sharding:
         return int(self.layout.plan("zigzag"))
 
     def slice_index(self, name: str, axes: tuple[str, ...], like: Tensor, pad: int = 0) -> Tensor:
-        """Global indices of this rank's slice of a bound dim that lies over `axes`: int64 [(size + pad) / ranks], on like's
-        device."""
+        """Global indices of this rank's slice of a bound dim over `axes`: int64 [(size + pad) / ranks], on like's device."""
         shards = math.prod(self.mesh[axis].size for axis in axes)
         local = (self.size(name) + pad) // shards
         return torch.arange(local, device=like.device) + named.offset(self.mesh, self.rank, axes, local)
@@ -278,14 +277,6 @@ def _einsum(layout: Layout, pattern: str) -> Any:
     return plan_einsum(layout.mesh, layout.placement, pattern)
 
 
-def _zigzag(layout: Layout) -> int:
-    outer = layout.placement(("batch", "seq")).of("seq")
-    wanted = tuple(axis for axis in layout.rules.zigzag if axis in outer)
-    if wanted != outer[: len(wanted)]:
-        raise ValueError(f"zigzag over {', '.join(wanted)}, but seq lies over {', '.join(outer)}: name its first mesh axes")
-    return math.prod(layout.mesh[axis].size for axis in wanted)
-
-
 def _unplaced(layout: Layout, names: str) -> tuple[Any, ...]:
     placed = layout.placement(parse_names(names)).placed
     return tuple(axis for axis in layout.mesh.axes if axis.size > 1 and axis.name not in placed)
@@ -297,7 +288,7 @@ PLANS: Mapping[str, Callable[..., Any]] = {
     "align": _align,
     "einsum": _einsum,
     "unplaced": _unplaced,
-    "zigzag": _zigzag,
+    "zigzag": zigzag.plan_zigzag,
     "lookup": named.plan_lookup,
     "reduce": named.plan_reduce,
     "local": named.check_local,

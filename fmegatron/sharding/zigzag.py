@@ -8,8 +8,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fmegatron.sharding.sharding import Layout
 
 
 def chunks(n: int) -> list[int]:
@@ -53,3 +59,12 @@ def check_length(length: int, n: int) -> None:
 def _select(x: Tensor, dim: int, order: list[int]) -> Tensor:
     parts = x.unflatten(dim, (len(order), -1))
     return parts.index_select(dim, torch.tensor(order, device=x.device)).flatten(dim, dim + 1)
+
+
+def plan_zigzag(layout: Layout) -> int:
+    """Ranks among which the sequence lies zigzag; ValueError where rules name axes that are not its first."""
+    outer = layout.placement(("batch", "seq")).of("seq")
+    wanted = tuple(axis for axis in layout.rules.zigzag if axis in outer)
+    if wanted != outer[: len(wanted)]:
+        raise ValueError(f"zigzag over {', '.join(wanted)}, but seq lies over {', '.join(outer)}: name its first mesh axes")
+    return math.prod(layout.mesh[axis].size for axis in wanted)
