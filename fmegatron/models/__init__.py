@@ -18,6 +18,7 @@ from fmegatron.models.presets import (
     qwen2,
     qwen3,
 )
+from fmegatron.models.upcycle import upcycle
 
 __all__ = [
     "Config",
@@ -39,4 +40,5 @@ __all__ = [
     "qwen3",
     "run_chain",
     "to_hf",
+    "upcycle",
 ]

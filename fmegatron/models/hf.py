@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fmegatron import files, tensorfile, tree
-from fmegatron.models import layers
+from fmegatron.models import hf_quantized, layers
 from fmegatron.models.gpt import gpt
 from fmegatron.models.hf_configs import config_of, describe
 from fmegatron.models.hf_entries import Entry, true_sizes
@@ -116,16 +116,27 @@ class Files:
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor; ValueError where there is none of that name."""
+        if f"{name}_blocks" in self.where:
+            experts, out, groups, _ = self.shape(f"{name}_blocks")
+            return [experts, groups * hf_quantized.GROUP, out]
         return list(self.where[self._own(name)].get_slice(self._own(name)).get_shape())
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A box of a tensor; only its bytes are read."""
+        """A box of a tensor; only its bytes are read. What is stored in few bits comes as numbers."""
+        if f"{name}_blocks" in self.where:
+            return hf_quantized.read_mxfp4(self._stored, name, slices)
+        if f"{name}_scale_inv" in self.where:
+            return hf_quantized.read_fp8(self._stored, name, slices)
+        return self._stored(name, slices)
+
+    def _stored(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         name = self._own(name)
         return self.where[name].get_slice(name)[slices]
 
     def known(self, name: str) -> None:
         """Note that a tensor has its place in the model, whichever process reads it."""
-        self.unread.discard(self._own(name))
+        packed = f"{name}_blocks" in self.where
+        self.unread -= {f"{name}_blocks", f"{name}_scales"} if packed else {self._own(name), f"{name}_scale_inv"}
 
     def _own(self, name: str) -> str:
         name = name if name in self.where else name.removeprefix("transformer.")  # GPT-2's own files have no prefix

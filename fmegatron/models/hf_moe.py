@@ -112,7 +112,9 @@ def describe_experts(c: Config, family: str) -> dict[str, Any]:
     if family == "mixtral":
         return shared | {"num_local_experts": m.experts, "router_jitter_noise": m.jitter, "intermediate_size": width}
     if family == "gpt_oss":
-        clamp = {"swiglu_limit": c.glu_limit, "swiglu_alpha": QUICK, "hidden_act": "silu"}
+        clamp: dict[str, Any] = {"swiglu_limit": c.glu_limit, "swiglu_alpha": QUICK, "hidden_act": "silu"}
+        if c.rope_scaling is None and c.rope_interpolation == 1.0:
+            clamp["rope_scaling"] = {"rope_type": "default"}  # saying nothing is YaRN there
         return shared | clamp | {"num_local_experts": m.experts, "intermediate_size": width}
     shared |= {"moe_intermediate_size": width, "norm_topk_prob": m.normalize}
     if family == "qwen3_moe":

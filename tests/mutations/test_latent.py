@@ -1,14 +1,16 @@
-"""Planted bugs of latent attention and of multi-token prediction: the property that is there to see each sees it."""
+"""Planted bugs of latent attention, of multi-token prediction, of sinks: the property that is there to see each sees it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fmegatron import tree
 from fmegatron.models import mtp
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, Sharding, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
+from fmegatron.train import state
 
 torch.set_num_threads(1)
 
@@ -71,4 +73,19 @@ def test_a_shift_inside_each_shard(monkeypatch):
     monkeypatch.setattr(mtp, "in_order", lambda sh, x, v: x)
     monkeypatch.setattr(mtp, "in_place", lambda sh, x, v: x)
     with pytest.raises(AssertionError, match="node 3"):
+        check(**case)
+
+
+def test_sinks_left_out_of_the_clip_norm(monkeypatch):
+    """They belong to attention's core, not to a projection: a sum over projections forgets them."""
+    case = {"rules": "tp", "mesh": {"tp": 2}, "sink": "learned"}
+    check(**case)
+    right = state.Over.norm
+
+    def norm(self, grads):
+        without = tree.map_with_path(lambda path, x: x * (not path.endswith("sink")), grads)
+        return right(self, without if self.sh.mesh.axes else grads)
+
+    monkeypatch.setattr(state.Over, "norm", norm)
+    with pytest.raises(AssertionError, match="gradient norm"):
         check(**case)
