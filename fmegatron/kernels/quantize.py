@@ -3,6 +3,7 @@
     q = quantize(x, E4M3, recipe.operand)        x [rows, inner] is about q.values times q.scales; a product sums over inner
 
     tensorwise      one scale a tensor                                   torchao, Transformer Engine's current scaling
+    delayed         the same, from earlier steps' largest values; gradients by their own       Transformer Engine
     rowwise         one scale a row (inner is what a product sums over)   torchao
     blockwise       1 x 128, weights 128 x 128                            DeepSeek-V3, arXiv:2412.19437, section 3.3
     mxfp8           1 x 32, scales are powers of two                      OCP MX v1.0; rounded up, so that nothing saturates

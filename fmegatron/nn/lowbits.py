@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmegatron.kernels.quantize import Format, Quantized, Recipe, Scaling, multiply, quantize
+from fmegatron.kernels.quantize import Format, Quantized, Recipe, Scaling, factors, multiply, quantize, scaled
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.einsum import Product
@@ -29,10 +29,16 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A weight inside a block, and the recipe of its products; `sh.einsum` takes it in place of a tensor."""
+    """A weight inside a block, and the recipe of its products; `sh.einsum` takes it in place of a tensor.
+
+    history: of delayed scaling, fp32 [2, steps], the newest last: the largest values of x and of the weight. site: its name,
+    under which the largest values of this step are tapped.
+    """
 
     tensor: Tensor
     recipe: Recipe
+    history: Tensor | None = None
+    site: str = ""
 
     def product(self, sh: Sharding, plan: Product, x: Tensor) -> Tensor:
         """The local product with x, as `plan` names the dims. Raises ValueError where blocks do not divide them."""
@@ -46,8 +52,17 @@ class Lowered:
         matrix = w.permute(*form.order[k:], *form.order[:k]).reshape(-1, x.shape[-k:].numel())
         names = plan.x[:-k], plan.x[-k:], tuple(plan.w[dim] for dim in form.order[k:])
         self._check(sh, names, (x.shape[-k - 1], matrix.shape[1], matrix.shape[0]))
-        y = _Linear.apply(x.flatten(-k).flatten(0, -2), matrix, sh.rank, lines(sh, plan, names, self.recipe))
-        return y.reshape(*x.shape[:-k], *tail)
+        flat, on = x.flatten(-k).flatten(0, -2), lines(sh, plan, names, self.recipe)
+        if self.history is not None and sh.taps is not None:
+            for which, y in (("x", flat), ("w", matrix)):
+                sh.tap(f"fp8/{{layer}}/{self.site}.{which}", y.detach().abs(), "", "max")
+        return _Linear.apply(flat, matrix, sh.rank, on, self._tops()).reshape(*x.shape[:-k], *tail)
+
+    def _tops(self) -> Tensor | None:
+        """The largest values that set the scales of x and of the weight [2]; None: those of this step."""
+        if self.history is None:
+            return None
+        return self.history.amax(-1) if self.recipe.algorithm == "max" else self.history[:, -1]
 
     def _check(self, sh: Sharding, names: tuple[tuple[str, ...], ...], sizes: tuple[int, ...]) -> None:
         block = self.recipe.operand.inner
@@ -86,39 +101,45 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, rank: Tensor | None, on: Lines) -> Tensor:
+    def forward(x: Tensor, w: Tensor, rank: Tensor | None, on: Lines, tops: Tensor | None) -> Tensor:
         r = on.recipe
-        a = _quantize(x, r.format, r.operand, rank, on.tokens, on.inner)
-        b = _quantize(w, r.format, r.weight, rank, on.columns, on.inner)
+        a = _quantize(x, r.format, r.operand, rank, on.tokens, on.inner, None if tops is None else tops[0])
+        b = _quantize(w, r.format, r.weight, rank, on.columns, on.inner, None if tops is None else tops[1])
         return multiply(a, b).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.on = inputs
-        ctx.save_for_backward(*tensors)
+        x, w, rank, ctx.on, tops = inputs
+        ctx.save_for_backward(x, w, rank, tops)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, w, rank), on = ctx.saved_tensors, ctx.on
-        r = on.recipe
+        (x, w, rank, tops), on = ctx.saved_tensors, ctx.on
+        r, (top_x, top_w) = on.recipe, (None, None) if tops is None else tops
         for axis in on.alike:
             dy = apply(dy, rank, Psum(axis))
         g = _quantize(dy, r.gradient, r.operand, rank, on.tokens, on.columns)
-        b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns)
+        b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns, top_w)
         dx = multiply(g, b)
         if r.wgrad:
             g = _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
-            a = _quantize(x.mT, r.format, r.operand, rank, on.inner, on.tokens)
+            a = _quantize(x.mT, r.format, r.operand, rank, on.inner, on.tokens, top_x)
             dw = multiply(g, a)
         else:
             dw = dy.mT @ x
         for axis in on.alike:
             dx, dw = apply(dx, rank, Once(axis)), apply(dw, rank, Once(axis))
-        return dx.to(x.dtype), dw.to(w.dtype), None, None
+        return dx.to(x.dtype), dw.to(w.dtype), None, None, None
 
 
-def _quantize(x: Tensor, format: Format, scaling: Scaling, rank: Tensor | None, rows: Axes, inner: Axes) -> Quantized:
-    return quantize(x, format, scaling, _largest_over(rank, rows), _largest_over(rank, inner))
+def _quantize(
+    x: Tensor, format: Format, scaling: Scaling, rank: Tensor | None, rows: Axes, inner: Axes, top: Tensor | None = None
+) -> Quantized:
+    """x in a format; top: the largest value that sets its scale, in place of its own."""
+    if top is None:
+        return quantize(x, format, scaling, _largest_over(rank, rows), _largest_over(rank, inner))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scaled(x, format, scaling, *factors(top.to(wide).reshape(1, 1, 1, 1), format, scaling))
 
 
 def _largest_over(rank: Tensor | None, axes: Axes) -> Callable[[Tensor], Tensor]:

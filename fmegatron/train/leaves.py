@@ -103,21 +103,27 @@ def add_moves(
 ) -> Tree:
     """Parameters in the optimizer's placement, and what the model moves by a step's taps without a gradient, if ok.
 
-    A leaf with moves of some of its layers has those of all.
+    A leaf with moves of some of its layers has those of all. A move is added; a function makes the new value of the old.
     """
     if model.moves is None:
         return params
-    moves = model.moves({name.removeprefix("tap.sum."): x for name, x in metrics.items() if name.startswith("tap.sum.")})
+    taps = {name: x for name, x in metrics.items() if name.startswith(("tap.sum.", "tap.max."))}
+    moves = model.moves({name.removeprefix("tap.sum.").removeprefix("tap.max."): x for name, x in taps.items()})
     (values, spec), n = tree.flatten(params), len(leaves)
     halves = isinstance(params, Split)  # all that are high, then all that are low
     for i, leaf in enumerate(leaves.values()):
         paths = layer_paths(leaf.path, leaf.param)
         if paths[0] in moves:
-            move = torch.stack([moves[path] for path in paths]) if leaf.stacked else moves[paths[0]]
             whole = replace(leaf.optimizer, axes=((),) * len(leaf.optimizer.axes), pads=())
             old = join(values[i], values[n + i]) if halves else values[i]
-            own = run(move.to(old.dtype), sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
-            new = old + torch.where(ok, own, torch.zeros_like(own))
+            move = [moves[path] for path in paths]
+            if callable(move[0]):
+                seen = run(old, sh.rank, plan_relayout(sh.mesh, leaf.optimizer, whole))
+                move = [fn(x) for fn, x in zip(move, seen.unbind(0) if leaf.stacked else (seen,), strict=True)]
+            given = (torch.stack(move) if leaf.stacked else move[0]).to(old.dtype)
+            own = run(given, sh.rank, plan_relayout(sh.mesh, whole, leaf.optimizer))
+            own = own if callable(moves[paths[0]]) else old + own
+            new = torch.where(ok, own, old)
             values[i :: n] = split(new) if halves else [new]
     return tree.unflatten(spec, values)
 

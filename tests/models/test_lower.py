@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmegatron.kernels.quantize import multiply, quantize, recipe
+from fmegatron import optim, tree
+from fmegatron.kernels.quantize import E4M3, multiply, quantize, recipe
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.lower import lower, weights_of
 from fmegatron.nn.lowbits import Lowered
-from fmegatron.sharding import RULES, SINGLE, Sharding, virtual_mesh
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, unshard, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
+from fmegatron.train.state import init
+from fmegatron.train.step import make_step
 
 torch.set_num_threads(1)
 CONFIG = Config(layers=3, embed=32, heads=4, kv=2, mlp=32, vocab=48)
@@ -62,12 +65,48 @@ def test_every_mesh_has_the_same_scales_and_results(name, mesh, rules):
     assert_mesh_invariant(model, batch, [Sharding(virtual_mesh(**mesh), RULES[rules])])
 
 
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+@pytest.mark.parametrize("mesh", [{}, {"dp": 2, "tp": 4}])
+def test_delayed_scales_are_those_of_the_steps_before(mesh, algorithm):
+    steps, how = 3, recipe("delayed", history=2, algorithm=algorithm, wgrad=False)
+    model = lower(gpt(CONFIG), {"layers.*.mlp.*": how, "layers.*": None}, last=1)
+    sh = Sharding(virtual_mesh(**mesh), RULES["fsdp_tp_sp"]) if mesh else SINGLE
+    tx = optim.sgd(0.1)
+    step = make_step(model, tx, sh, microbatches=2)
+    state = init(model, tx, sh, 0, dtype=torch.float64)
+    tokens = torch.arange(8 * 17).reshape(8, 17) % 47
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+    batch = {name: shard(sh, x, "batch seq") for name, x in batch.items()} if mesh else batch
+    tops = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        tops.append([metrics[f"tap.max.fp8/02/mlp.up.{which}"].flatten()[0].item() for which in "xw"])
+    leaf = tree.to_paths(state.params)["layers.0.mlp.up_amax"]
+    leaf = unshard(sh.bind(model.sizes), leaf, "layers amax_of amax_steps_2", kind="storage") if mesh else leaf
+    assert torch.equal(leaf[1], torch.tensor(tops[-2:], dtype=torch.float64).T) and not leaf[2].any()
+    weight = Lowered(torch.ones(1), how, leaf[1])._tops()
+    assert torch.equal(weight, leaf[1].amax(-1) if algorithm == "max" else leaf[1][:, -1])
+
+
+def test_delayed_is_tensorwise_with_another_step_s_scale():
+    torch.manual_seed(0)
+    x, w, how = torch.randn(2, 8, 32), torch.randn(32, 16), recipe("delayed")
+    sh = SINGLE.bind({"embed": 32, "mlp": 16})
+    top = torch.stack([x.abs().max(), w.abs().max()])[:, None]
+    def product(weight):
+        return sh.einsum("batch seq embed, embed mlp -> batch seq mlp", x, weight)
+
+    assert torch.equal(product(Lowered(w, how, top)), product(Lowered(w, recipe("tensorwise"))))
+    assert not torch.equal(product(Lowered(w, how, 1.7 * top)), product(Lowered(w, how, top)))
+    assert torch.equal(product(Lowered(w, how, 0 * top)), E4M3.round(x) @ E4M3.round(w))  # before the first step
+
+
 def test_only_what_is_named_changes_and_layers_at_the_ends_stay():
     model = gpt(CONFIG)
     low = lower(model, {"layers.*.mlp.up": RECIPES["rowwise"], "layers.*.mlp.*": RECIPES["tensorwise"]}, first=1, last=1)
     changed = [old.fn is not new.fn for old, new in zip(model.chain, low.chain, strict=True)]
     assert [i for i, yes in enumerate(changed) if yes] == [2]  # embed, layer 0, layer 1
-    assert "layers.1.mlp.up" in [path for _, path in weights_of(model, model.chain[2])]
+    assert "layers.1.mlp.up" in [weight.path for weight in weights_of(model, model.chain[2])]
     every = lower(model, {"layers.*": RECIPES["rowwise"]})
     assert len({node.fn for node in every.chain if node.is_layer}) == 1  # compiled once
 
