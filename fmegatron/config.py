@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmegatron import config_batch, config_precision, toml
-from fmegatron.config_faults import Faults
+from fmegatron.config_faults import Faults, Local
 from fmegatron.config_fp8 import Fp8
 from fmegatron.config_monitors import Log, Monitors, Profile, Validation
 from fmegatron.config_semisync import SemiSync
@@ -239,6 +239,7 @@ class RunConfig:
     faults: Faults = Faults()
     monitors: Monitors = Monitors()
     profile: Profile = Profile()
+    local: Local = Local()
 
     def __post_init__(self) -> None:
         batch, parts = self.training.global_batch, self.training.microbatches

@@ -1,4 +1,4 @@
-"""The group `faults` of a run's configuration: what is done about bad numbers, ranks that hang or lag, and lack of memory."""
+"""The groups `faults` and `local` of a run's configuration: bad numbers, hangs, lack of memory; checkpoints on nodes' disks."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ class Faults:
     memory: bool = option(True, "where memory runs out, leave a report; on a GPU its allocator's snapshot too")
     memory_history: bool = option(False, "the GPU's snapshot has the history of all allocations, which costs some time")
     inject: tuple[str, ...] = option((), 'faults for tests, as ["KIND:STEP:WHERE", ...], see docs/faults.md')
+
+
+@dataclass(frozen=True)
+class Local:
+    """Checkpoints on each node's own disk, between the others: fast, and whole though nodes are lost."""
+
+    folder: str | None = option(None, "on each node's own disk; none: no such checkpoints")
+    interval: int = option(0, "steps between them; 0: none", at_least=0)
+    factor: int = option(2, "nodes that keep each file", at_least=1)
+    jump: int = option(1, "distance between those nodes", at_least=1)

@@ -17,6 +17,7 @@ from fmegatron.train import setup, setup_batch, setup_precision
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
+from fmegatron.train.node_local import place_of_run
 from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
 from fmegatron.train.replicas import make_check
 from fmegatron.train.resume import Resume
@@ -127,6 +128,9 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         donate=t.donate and mesh.kind != "virtual",
     )
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
+    local = place_of_run(c)[0] if c.local.folder else None
+    if local is not None and c.run.fresh:
+        shutil.rmtree(local, ignore_errors=True)
     plain = _json(asdict(model.config)) if is_dataclass(model.config) else None  # type: ignore[arg-type]
 
     def start(given: Tree) -> TrainState:
@@ -144,7 +148,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         own=own,
         own_sh=own_sh,
         placed=placed,
-        start=Resume(c.checkpoint, checkpoints_of(c), own, own_sh, start, plain, say),
+        start=Resume(c.checkpoint, checkpoints_of(c), own, own_sh, start, plain, say, local),
         plain=plain,
         step=step,
         compiled=compiled,

@@ -28,6 +28,7 @@ from fmegatron.train.closing import Sampler, close
 from fmegatron.train.faults.guard import Guard, watched
 from fmegatron.train.faults.watch import from_json
 from fmegatron.train.meter import Meter
+from fmegatron.train.node_local import place_of_run, save_local
 from fmegatron.train.optimizers import numbers_of
 from fmegatron.train.profile import Traces
 from fmegatron.train.progress import progress
@@ -35,6 +36,7 @@ from fmegatron.train.saver import Saver
 from fmegatron.train.setup_batch import sizes_of
 from fmegatron.train.signals import stop_on_signals
 from fmegatron.train.state import TrainState
+from fmegatron.train.together import Group, gloo
 from fmegatron.train.validate import measure
 from fmegatron.train.writers import writers
 
@@ -99,6 +101,7 @@ def train(
             **parts.reading,
         )
         stack.callback(feed.close)
+        near = gloo() if c.local.folder else None
         saver = stack.enter_context(Saver(partial(_write, parts), background=c.checkpoint.background))
         if mark:
             save(parts, guard, saver, state)
@@ -126,6 +129,10 @@ def train(
                 _note(show, save(parts, guard, saver, state))
                 saved = done
                 book.restart("checkpoint")
+            elif c.local.folder and _due(done, c.local.interval) and done < steps:
+                book.write()
+                save_near(parts, guard, state, near)
+                book.restart("checkpoint")
         book.write()
         if done != saved:
             _note(show, save(parts, guard, saver, state, last=done >= steps))
@@ -136,11 +143,25 @@ def train(
 def save(parts: Parts, guard: Guard, saver: Saver, state: TrainState, *, last: bool = False) -> Path | None:
     """Save a state, or begin to; what was finished. last: of a run that is done."""
     guard.pulse.at("save")
-    c, meta = parts.config.checkpoint, parts.meta | {"watch": guard.watch.as_json()}
-    items = saving.of_stages(saving.items(parts.own, parts.own_sh, state), parts.placed)
+    c, meta, items = parts.config.checkpoint, _meta(parts, guard), _items(parts, state)
     if last and c.last_model_only:
         items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
     return saver.save(items, saving.steps_so_far(state), meta)
+
+
+def save_near(parts: Parts, guard: Guard, state: TrainState, group: Group) -> None:
+    """Save a state on the nodes' own disks."""
+    guard.pulse.at("save on the node's disk")
+    folder, nodes = place_of_run(parts.config)
+    save_local(folder, saving.steps_so_far(state), _items(parts, state), _meta(parts, guard), nodes, group=group)
+
+
+def _items(parts: Parts, state: TrainState) -> dict[str, Any]:
+    return saving.of_stages(saving.items(parts.own, parts.own_sh, state), parts.placed)
+
+
+def _meta(parts: Parts, guard: Guard) -> dict[str, Any]:
+    return parts.meta | {"watch": guard.watch.as_json()}
 
 
 def _write(parts: Parts, step: int, items: Any, meta: Any, group: Any) -> Any:

@@ -2,6 +2,8 @@
 
     save_local("/nvme/run", 100, items, meta, nodes=Nodes(node=3, count=8, jump=2, factor=2))
 
+In a run (`[local]`) each rank counts as a node of its own, and its copies lie on ranks of the same number on other nodes.
+
 A rank writes its pieces to its own node's folder and sends the file to `factor - 1` others: nodes `node + jump`,
 `node + 2 jump`, and so on, of `count`. After a loss the nodes tell each other what they hold; the newest step of which every
 file is held somewhere, whole by its hash, is fetched from where it is and read like any checkpoint.
@@ -22,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from fmegatron import tensorfile
+from fmegatron.config import ConfigError, RunConfig
 from fmegatron.files import sha256, sync, write_atomically
-from fmegatron.sharding.chunks import Chunks
+from fmegatron.sharding.chunks import Chunks, overlap
 from fmegatron.train import checkpoint, manifest
 from fmegatron.train.steps import clean, delete, replace, step_folder
 from fmegatron.train.together import Group, together
@@ -47,9 +50,18 @@ class Nodes:
                 f"factor can be at most {most}"
             )
 
-    def keeps(self, other: int) -> bool:
-        """Whether this node keeps what a rank on node `other` writes."""
-        return self.node in {(other + i * self.jump) % self.count for i in range(self.factor)}
+
+def place_of_run(c: RunConfig) -> tuple[Path, Nodes]:
+    """This rank's folder on its node's disk, and which ranks keep copies. Raises ConfigError where copies would coincide."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    folder = Path(c.local.folder or "") / c.run.folder.name / os.environ.get("LOCAL_RANK", "0")
+    if c.local.factor == 1:
+        return folder, Nodes(rank, world, factor=1)
+    try:
+        return folder, Nodes(rank, world, c.local.jump * each, c.local.factor)
+    except ValueError as error:
+        raise ConfigError(f"local.factor, with {each} rank(s) a node: {error}") from None
 
 
 def save_local(
@@ -78,8 +90,10 @@ def save_local(
         return text, given, [node for *_, node in written]
 
     text, given, homes = together(write, merge, group)
-    for source in range(world):
-        _send(temporary / _name(source), source, rank, nodes.keeps(homes[source]), given[_name(source)][0], group)
+    for source in range(world):  # in one order everywhere, so nobody waits in a circle
+        for i in range(1, nodes.factor):
+            target = homes.index((homes[source] + i * nodes.jump) % nodes.count)
+            _move(temporary / _name(source), source, target, rank, given[_name(source)][0], group)
 
     def publish() -> None:
         for name, said in given.items():
@@ -96,31 +110,76 @@ def save_local(
     return final
 
 
-def load_local(
-    folder: Path, wanted: Mapping[str, Chunks], *, group: Group = None
-) -> dict[str, Any] | None:
-    """Fill pieces from the newest step that the surviving nodes hold together; its meta, or None where there is none.
+@dataclass(frozen=True)
+class Found:
+    """A step that the nodes hold together: what each rank holds of it, and the manifest's text."""
 
-    Nodes whose disks are lost call this with an empty folder. Files that a node lacks are sent to it and kept.
-    """
-    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    step: int
+    text: str
+    held: tuple[frozenset[str], ...]
+
+    def manifest(self, folder: Path) -> manifest.Manifest:
+        """Its manifest, of files in the step's folder."""
+        return manifest.loads(step_folder(folder, self.step), self.text)
+
+    def owner(self, name: str) -> int:
+        """A rank that holds the file."""
+        return next(rank for rank, names in enumerate(self.held) if name in names)
+
+
+def find_local(folder: Path, *, group: Group = None) -> Found | None:
+    """The newest step of which the surviving nodes hold every file whole; None where there is none. Every rank calls this."""
     held = together(lambda: _held(folder), list, group)
-    steps = sorted({step for own in held for step in own}, reverse=True)
-    for step in steps:
+    for step in sorted({step for own in held for step in own}, reverse=True):
         text = next(own[step][0] for own in held if step in own)
-        files = list(json.loads(text)["files"])
-        owner = {name: next((i for i, own in enumerate(held) if name in own.get(step, ("", set()))[1]), None) for name in files}
-        if any(found is None for found in owner.values()):
-            continue
-        target = step_folder(folder, step)
-        target.mkdir(parents=True, exist_ok=True)
-        for name, source in owner.items():
-            assert source is not None
-            size = json.loads(text)["files"][name]["bytes"]
-            _send(target / name, source, rank, name not in held[rank].get(step, ("", set()))[1], size, group)
-        write_atomically(target / manifest.NAME, text)
-        return checkpoint.load(target, wanted, group=group)
+        found = Found(step, text, tuple(frozenset(own[step][1]) if step in own else frozenset() for own in held))
+        if set(json.loads(text)["files"]) <= frozenset().union(*found.held):
+            return found
     return None
+
+
+def load_local(
+    folder: Path, wanted: Mapping[str, Chunks], *, found: Found | None = None, group: Group = None
+) -> dict[str, Any] | None:
+    """Fill pieces from a step that the surviving nodes hold together (None: the newest); its meta, or None where there is none.
+
+    Nodes whose disks are lost call this with an empty folder. Files that a rank wants something of and its node lacks are sent
+    to it, hashed, and kept.
+    """
+    found = found or find_local(folder, group=group)
+    if found is None:
+        return None
+    rank, store = dist.get_rank(group) if dist.is_initialized() else 0, found.manifest(folder)
+    here = store.folder
+    here.mkdir(parents=True, exist_ok=True)
+
+    def lacking() -> set[str]:
+        checkpoint.check_wanted(here, store, wanted)
+        return _files_of(store, wanted) - found.held[rank]
+
+    for target, names in enumerate(together(lacking, list, group)):
+        for name in sorted(names):
+            _move(here / name, found.owner(name), target, rank, store.files[name][0], group)
+
+    def read() -> None:
+        for name in _files_of(store, wanted) - found.held[rank]:
+            if sha256(here / name) != store.files[name][1]:
+                raise OSError(f"{here / name} is not what was sent")
+        write_atomically(here / manifest.NAME, found.text)
+        checkpoint.fill(store, wanted)
+
+    together(read, lambda _: None, group)
+    return store.meta
+
+
+def _files_of(store: manifest.Manifest, wanted: Mapping[str, Chunks]) -> set[str]:
+    """The files that hold something of the wanted pieces."""
+    return {
+        name
+        for key, chunks in wanted.items()
+        for saved, name in store.where[key].items()
+        if any(overlap(saved, box) is not None for box in chunks.boxes(key))
+    }
 
 
 def _held(folder: Path) -> dict[int, tuple[str, set[str]]]:
@@ -139,21 +198,20 @@ def _held(folder: Path) -> dict[int, tuple[str, set[str]]]:
 PIECE = 1 << 26  # bytes sent at a time
 
 
-def _send(path: Path, source: int, rank: int, keep: bool, size: int, group: Group) -> None:
-    """The file of rank `source` to every rank that keeps it; all take part, in the same order."""
-    if not dist.is_initialized():
+def _move(path: Path, source: int, target: int, rank: int, size: int, group: Group) -> None:
+    """The file of rank `source` to rank `target`; nothing on other ranks."""
+    if rank not in (source, target) or source == target:
         return
-    writing = keep and rank != source
-    with open(path if writing or rank == source else os.devnull, "wb" if writing else "rb") as stream:
+    with open(path, "rb" if rank == source else "wb") as stream:
         for start in range(0, size, PIECE):
-            length = min(PIECE, size - start)
-            data = torch.empty(length, dtype=torch.uint8)
             if rank == source:
-                data = torch.frombuffer(bytearray(stream.read(length)), dtype=torch.uint8)
-            dist.broadcast(data, group=group, group_src=source)
-            if writing:
+                data = torch.frombuffer(bytearray(stream.read(min(PIECE, size - start))), dtype=torch.uint8)
+                dist.send(data, group=group, group_dst=target)
+            else:
+                data = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
+                dist.recv(data, group=group, group_src=source)
                 stream.write(data.numpy().data)
-        if writing:
+        if rank == target:
             stream.flush()
             os.fsync(stream.fileno())
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fmegatron import config as configs
-from fmegatron import toml
+from fmegatron import toml, tree
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models.model import Model
 from fmegatron.sharding import Sharding
 from fmegatron.train import checkpoint, remote, saving
+from fmegatron.train.node_local import find_local, load_local
 from fmegatron.train.state import TrainState
+from fmegatron.train.steps import step_of
+from fmegatron.train.together import gloo
 from fmegatron.tree import Tree
 
 
@@ -28,6 +31,7 @@ class Resume:
     init: Callable[[Tree], TrainState]
     plain: Any  # the model's config as JSON gives it back
     say: Callable[[str], None]
+    local: Path | None = None  # on this node's own disk
 
     def __call__(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to train from: the folder's newest good checkpoint, else `checkpoint.resume`, else a new one; its meta."""
@@ -39,6 +43,14 @@ class Resume:
             found = checkpoint.find(c.resume) if found is None else found
         for line in said:
             self.say(line)
+        near = find_local(self.local, group=gloo()) if self.local is not None else None
+        if near is not None and self.local is not None and (found is None or not own or near.step > step_of(Path(found.name))):
+            store = near.manifest(self.local)
+            self._same_model(store.folder, store.meta)
+            state = tree.map(saving.own_memory, fresh)
+            load_local(self.local, saving.items(self.model, self.sh, state, copies=True), found=near, group=gloo())
+            self.say(f"resumed at step {saving.steps_so_far(state)} from the nodes' own disks, {self.local}")
+            return state, store.meta
         if found is None:
             return fresh, {}
         meta = checkpoint.read_meta(found)

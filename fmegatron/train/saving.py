@@ -82,7 +82,7 @@ def load(
     asks for ("extra"), "both" or "none"; what is no error is told to `say`. Raises ValueError in one line, naming the
     first such tensor: the checkpoint is of another model or optimizer.
     """
-    state = tree.map(_own_memory, state)
+    state = tree.map(own_memory, state)
     found = _found(path, verify)
     wanted = select(found, items(model, sh, state, copies=True), "", strict, say)
     lifted.load(found, wanted, replicas(sh), say)
@@ -105,7 +105,7 @@ def load_params(
     start: values for what the checkpoint lacks, where `strict` allows that (None: zeros); strict, say: see `load`.
     """
     sh = sh.bind(model.sizes)
-    params = layers.zeros(model, sh, dtype) if start is None else tree.map(lambda x: _own_memory(x.to(dtype)), start)
+    params = layers.zeros(model, sh, dtype) if start is None else tree.map(lambda x: own_memory(x.to(dtype)), start)
     found = _found(path, verify)
     wanted = select(found, _params(params, model, sh, copies=True), "params.", strict, say)
     lifted.load(found, wanted, 1, say)
@@ -248,6 +248,6 @@ def _factored(slot: str, leaf: Leaf) -> tuple[Param, Placement]:
     return replace(leaf.param, names=" ".join(kept)), replace(place, names=tuple(kept), axes=axes, pads=())
 
 
-def _own_memory(x: Tensor) -> Tensor:
+def own_memory(x: Tensor) -> Tensor:
     """x itself, or a copy where its elements share memory (ranks of a vmap that hold one value)."""
     return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() and x.numel() > 1 else x

@@ -12,6 +12,13 @@ S = TypeVar("S")
 Group = dist.ProcessGroup | None
 
 
+def gloo() -> Group:
+    """A group of all ranks that sends what lies in host memory; every rank calls this."""
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo")
+
+
 def is_first(group: Group = None) -> bool:
     """Whether this process is the group's first rank, or alone."""
     return not dist.is_initialized() or dist.get_rank(group) == 0
