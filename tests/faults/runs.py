@@ -22,7 +22,7 @@ from fmegatron.train.checkpoint import latest
 
 FORK = multiprocessing.get_context("fork")  # imports are done: quick
 SIZES = {"layers": 1, "embed": 16, "heads": 2, "kv": 2, "mlp": 16, "vocab": 32, "context": 16}
-TIMES = ("tokens_per_second", "tflops", "seconds", "memory_bytes", "mfu")
+TIMES = ("tokens_per_second", "tflops", "seconds", "memory", "mfu", "time", "goodput")  # and what begins so
 
 
 class Words:
@@ -101,7 +101,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """What a run wrote of each step, less the times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [{name: x for name, x in record.items() if name not in TIMES} for record in records]
+    return [{name: x for name, x in record.items() if not name.startswith(TIMES)} for record in records]
 
 
 def digest(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_a_slow_rank_is_named(tmp_path):
     assert all(": rank 1 (" in line and "own time" in line and "rank 0" not in line for line in lines)
     records = [json.loads(line) for line in (tmp_path / "run/stragglers.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [6, 11]
-    assert records[1]["own_seconds"][1] > 0.05 > records[1]["own_seconds"][1] - records[1]["own_seconds"][0] - 0.05
+    fast, slow = records[1]["own_seconds"]
+    assert slow - fast > 0.1
 
 
 def test_who_is_slow():

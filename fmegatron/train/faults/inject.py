@@ -5,7 +5,7 @@
     correct:STEP                it is nan on any device: as bad data would have it
     silent:STEP                 it is off by a millionth the first of the two times of a `faults.recheck`
     hang:STEP:RANK              the rank does not go on
-    slow:STEP:RANK              from that step on the rank takes 50 ms more
+    slow:STEP:RANK              from that step on the rank takes 0.2 s more
     kill:STEP:RANK              the rank is killed (SIGKILL)
     memory:STEP:RANK            the rank asks for more memory than there is
 
@@ -83,7 +83,7 @@ def _wrong(fault: Fault, number: int, attempt: int, devices: Sequence[str]) -> b
 
 def _strike(fault: Fault, number: int, launch: int) -> None:
     if fault.kind == "slow" and number >= fault.step:
-        time.sleep(0.05)
+        time.sleep(0.2)
     if number != fault.step or launch:
         return
     if fault.kind == "hang":
