@@ -1,6 +1,7 @@
 """The benchmarks run: participants of two kinds agree on the first loss, ratios and their intervals come out."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,13 @@ def test_a_ratio_is_of_rounds_and_its_interval_holds_it():
     noisy = 0.9 * theirs * np.random.default_rng(1).normal(1, 0.05, 20)
     middle, low, high = ratio(noisy, theirs)
     assert low <= middle <= high and high - low < 0.1
+
+
+def test_kernels_are_raced_in_the_interpreter(tmp_path):
+    out = tmp_path / "rows.md"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # of torch.compile's sides only that they run
+    words = [sys.executable, str(BENCHMARKS / "kernels.py"), "--tiny", "--to", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    measured = [line for line in out.read_text().splitlines() if "triton" in line and " ms" in line]
+    assert len(measured) == 14 and out.read_text() == done.stdout
