@@ -5,6 +5,7 @@
 # make test-wheel     builds the wheel, installs it in an empty environment, trains a few steps
 # make equivalence    every preset on every mesh of 8 ranks against one device: a table and a picture
 # make soak           runs that are killed at random moments until 60 kills are survived, see tests/faults/soak.py; ARGS=200
+# make page           the report of a run, opened in a real browser (chromium or google-chrome, where one is in PATH)
 # make bench          benchmarks/, side by side with peers
 # make clean
 #
@@ -37,7 +38,7 @@ CORE := $(VENV)/installed-$(CHOICE)
 TEST := $(VENV)/installed-$(CHOICE)-test
 BENCH := $(VENV)/installed-$(CHOICE)-bench
 
-.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench equivalence soak clean constraints
+.PHONY: train test lint test-core test-all test-versions wheel test-wheel bench equivalence soak clean constraints page
 train: $(CORE)
 	$(BIN)/fmegatron train quickstart $(ARGS)
 
@@ -80,6 +81,10 @@ test-wheel: wheel
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+page: $(TEST)
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "make page: no chromium or google-chrome in PATH" >&2; exit 1; }
+	$(BIN)/python -m pytest -m "long or not long" tests/train/test_page.py $(ARGS)
 
 equivalence: $(TEST)
 	$(BIN)/python experiments/equivalence/equivalence.py $(ARGS)

@@ -152,6 +152,19 @@ def generate(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 @dataclass(frozen=True)
+class Report:
+    """`report` has no options."""
+
+
+def report(words: Sequence[str], table: toml.Table, json: bool) -> None:
+    """DIR: a run's folder to DIR/report.html, one page with its curves, time, mesh, memory, settings and environment"""
+    toml.update(Report(), table, "command line")
+    (folder,) = _exactly(words, "DIR")
+    from fmegatron.train import page
+    print(page.write(folder))
+
+
+@dataclass(frozen=True)
 class Convert:
     """Options of `convert`."""
 
@@ -202,7 +215,7 @@ def _run(words: list[str], flags: dict[str, bool]) -> int:
     commands: dict[str, tuple[Callable[..., None], type]] = {
         "train": (train, config.RunConfig), "explain": (explain, config.RunConfig), "plan": (plan, PlanConfig),
         "doctor": (doctor, DoctorConfig), "tokenize": (tokenize, Tokenize), "data": (data, Data),
-        "generate": (generate, Generate), "convert": (convert, Convert)}
+        "generate": (generate, Generate), "report": (report, Report), "convert": (convert, Convert)}
     if flags["--version"]:
         print(importlib.metadata.version("fmegatron"))
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmegatron.sharding import Mesh
-from fmegatron.train import checkpoint, metrics, report, saving
+from fmegatron.train import checkpoint, metrics, page, report, saving
 from fmegatron.train.assemble import Parts
 from fmegatron.train.state import TrainState
 
@@ -22,6 +22,7 @@ def close(parts: Parts, state: TrainState, why: str | None, sample: Sampler | No
     if not parts.first or saved is None:
         return
     c, again = parts.config, _command(parts.sh.mesh, f"train {parts.folder / 'config.toml'}")
+    drawn = page.write(parts.folder) if c.log.report else None
     if why is not None:
         parts.say(f"stopped at step {saving.steps_so_far(state)} ({why}); saved {saved}\nresume  {again}")
         return
@@ -42,6 +43,7 @@ def close(parts: Parts, state: TrainState, why: str | None, sample: Sampler | No
             sample=text,
             checkpoint=saved,
             picture=picture,
+            page=drawn,
             resume=f"{again} --training.steps {2 * steps}",
             generate=f'fmegatron generate {parts.folder} "{c.log.prompt}"' if parts.model.output is not None else "",
         )

@@ -84,6 +84,7 @@ def closing(
     sample: str = "",
     checkpoint: str | Path | None = None,
     picture: str | Path | None = None,
+    page: str | Path | None = None,
     resume: str = "",
     generate: str = "",
 ) -> str:
@@ -95,6 +96,7 @@ def closing(
             verdict = "beaten" if heldout_bits_per_byte < bits else "not beaten"
             rows.append((name, f"{bits:.4f} bits per byte ({verdict})"))
     rows += [("loss curve", str(picture))] if picture else []
+    rows += [("report", str(page))] if page else []
     rows += [("checkpoint", str(checkpoint))] if checkpoint else []
     rows += [("resume", resume)] if resume else []
     rows += [("generate", generate)] if generate else []

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -32,6 +33,14 @@ def test_overhead_runs():
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "mesh / none" in done.stdout
+
+
+@pytest.mark.long
+def test_monitors_run():
+    words = [sys.executable, str(BENCHMARKS / "monitors.py"), "--rounds", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("default      / bare") and "activations" in done.stdout
 
 
 def test_a_ratio_is_of_rounds_and_its_interval_holds_it():

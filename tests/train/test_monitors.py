@@ -109,6 +109,8 @@ def test_traces_are_chrome_traces_of_the_steps_asked_for(run):
 def test_facts_say_machine_mesh_and_sessions(run):
     facts = facts_of(run[0])
     assert facts["environment"]["torch"] and facts["mesh"]["kind"] == "single" and facts["model"]["parameters"] > 1000
+    data = (run[0] / "report.html").read_text().split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["loss"] == [[r["step"], r["loss"]] for r in run[1]]
     assert len(facts["sessions"]) == 1 and facts["started"] <= run[1][0]["time"]
 
 
