@@ -67,7 +67,7 @@ def test_tokenize_learns_a_tokenizer_and_writes_tokens(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("words, said", [
-    ("trian quickstart", "trian: no such command (train, explain, plan, doctor, tokenize, data, generate, convert)"),
+    ("trian quickstart", "trian: no such command (train, explain, plan, doctor, tokenize, data, generate, report, convert)"),
     ("train", "command line: expected CONFIG.toml|quickstart, got nothing"),
     ("train quickstart extra", "command line: expected CONFIG.toml|quickstart, got quickstart extra"),
     ("train nope.toml", "nope.toml: neither a file nor a shipped configuration "
