@@ -55,6 +55,7 @@ def shape(folder, step):
     return checkpoint.tensors(checkpoint.step_folder(folder / "checkpoints", step))["params.norm.weight"][0]
 
 
+@pytest.mark.long  # tests/faults kills workers of every run of the tests
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(words, tmp_path):
     run, kill = tmp_path / "run", "--faults.inject=[\"kill:4:1\"]"
     said = torchrun(2, *words, f"--run.dir={run}", "--training.steps=5", "--mesh.replica=-1", kill, restarts=1)

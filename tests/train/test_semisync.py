@@ -142,7 +142,6 @@ def test_sgd_that_meets_after_every_step_is_ddp_and_adam_is_not():
 RULES_OF_MEETING = [
     SemiSync(2, {"mu": 3, "nu": 4}),
     SemiSync(3, 2, order="after"),
-    SemiSync(2, outer=optim.sgd(1.0)),
     SemiSync(3, outer=optim.sgd(1.0), fragments=2, keep=0.5),
     SemiSync(2, fragments=2, order="after"),
 ]
@@ -198,7 +197,7 @@ def test_fragments_take_turns_and_hold_everything_once(pattern):
     assert layer == {i: i % 3 if pattern == "strided" else i // 2 for i in range(6)}
     assert {piece.fragment for piece in pieces} == {0, 1, 2}
     assert [rule.fragment_at(t) for t in range(9)] == [None, None, 1, None, 2, None, 0, None, 1]
-    for steps in (2, 4, 6):
+    for steps in (4, 6) if pattern == "strided" else ():
         state, _ = train(sharding(), optim.adam(RATE), rule, steps, layers=6)
         flat = tree.to_paths(state.params)
         for piece in pieces:
@@ -214,16 +213,15 @@ def test_a_replica_keeps_a_share_of_its_own():
 
 
 # -- on meshes --------------------------------------------------------------------------------------------------------
+DESLOC, DILOCO = SemiSync(2, {"mu": 3, "nu": 4}), SemiSync(3, outer=optim.sgd(0.7, **NESTEROV), fragments=3)
 MESHES = [
-    ("fsdp_tp_sp", virtual_mesh, {"replica": 2, "dp": 2, "tp": 2}, {}),
-    ("zero2", virtual_mesh, {"replica": 2, "dp": 2}, {"microbatches": 1, "remat": "full"}),
-    ("hsdp", thread_mesh, {"replica": 2, "fsdp": 2}, {}),
+    ("fsdp_tp_sp", virtual_mesh, {"replica": 2, "dp": 2, "tp": 2}, {}, DESLOC),
+    ("zero2_tp", virtual_mesh, {"replica": 2, "dp": 2, "tp": 2}, {"remat": "full"}, DILOCO),
+    ("hsdp", thread_mesh, {"replica": 2, "fsdp": 2}, {}, DILOCO),
 ]
 
 
-@pytest.mark.parametrize("rule", [SemiSync(2, {"mu": 3, "nu": 4}), SemiSync(3, outer=optim.sgd(0.7, **NESTEROV), fragments=3)],
-                         ids=["desloc", "diloco"])  # fmt: skip
-@pytest.mark.parametrize("rules, make, sizes, settings", MESHES)
+@pytest.mark.parametrize("rules, make, sizes, settings, rule", MESHES)
 def test_a_replica_computes_the_same_however_it_is_sharded(rules, make, sizes, settings, rule):
     tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adam(RATE))
     sh = sharding(rules, make=make, **sizes)
