@@ -102,18 +102,21 @@ def draw(found, path):
     pyplot.close(figure)
 
 
-def main(words=None):
-    """Train by every method in turn."""
+def main(words=None, corpus=None):
+    """Train by every method in turn; corpus: in place of the standard library."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--period", type=int, default=16)
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--only", default="", help="methods whose name holds this")
     args = parser.parse_args(words)
-    corpus = data.quickstart(args.cache, vocab_size=VOCAB)
+    corpus = corpus or data.quickstart(args.cache, vocab_size=VOCAB)
     found = {"steps": args.steps, "replicas": args.replicas, "period": args.period, "torch": torch.__version__, "runs": {}}
     for name, rule in methods(args.period).items():
+        if args.only not in name:
+            continue
         found["runs"][name] = run(rule, corpus, args.steps, args.replicas, max(1, args.steps // 12))
         one = found["runs"][name]
         said = f"held-out {one['heldout'][-1][1]:.3f}  {sum(one['bytes']) / 1e6:9.2f} MB  {one['seconds']:.0f} s"
