@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Static = Callable[[Tensor], Tensor]  # rows [experts here, slots, d] -> the same
 Grouped = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # rows [n, d], counts, whose each is, scale [n] -> [n, d]
+Lean = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # tokens [t, d], whose each row is, counts, scale [n] -> [t, d]
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,15 @@ def by_expert(index: Tensor, experts: int, dropped: bool) -> Sorted:
     return Sorted(order, expert, counts, home.reshape(index.shape))
 
 
-def local(x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped, dropped: bool = False) -> Tensor:
-    """Where tokens and all experts are here: rows sorted by expert, grouped products, and back."""
+def local(
+    x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped, lean: Lean | None, dropped: bool = False
+) -> Tensor:
+    """Where tokens and all experts are here: rows sorted by expert, grouped products, and back; lean: all of that at once."""
     s = by_expert(index, experts, dropped)
-    rows = x.index_select(0, s.order // index.shape[1])
-    y = f(rows, s.counts, s.expert, weight.reshape(-1).index_select(0, s.order))
+    token, scale = s.order // index.shape[1], weight.reshape(-1).index_select(0, s.order)
+    if lean is not None:
+        return lean(x, token, s.counts, scale)
+    y = f(x.index_select(0, token), s.counts, s.expert, scale)
     y = torch.cat([y, torch.zeros_like(x[:1])]) if dropped else y
     return y.index_select(0, s.home.reshape(-1)).unflatten(0, index.shape).sum(1)
 
@@ -194,7 +199,8 @@ def ragged(
 
 
 def gathered(
-    sh: Sharding, ways: Ways, x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped | None, batched: Static
+    sh: Sharding, ways: Ways, x: Tensor, index: Tensor, weight: Tensor, experts: int, f: Grouped | None, lean: Lean | None,
+    batched: Static,
 ) -> Tensor:
     """By gathering tokens: every rank runs its own experts on all of them, and the sums are scattered.
 
@@ -205,7 +211,7 @@ def gathered(
     mine = chosen - offset(sh.mesh, rank, ways.experts, here)
     inside = (mine >= 0) & (mine < here)
     if f is not None:
-        y = local(everything, torch.where(inside, mine, here), shares, here, f, dropped=True)
+        y = local(everything, torch.where(inside, mine, here), shares, here, f, lean, dropped=True)
     else:
         t = len(chosen)
         slot = torch.where(inside, mine * t + torch.arange(t, device=x.device)[:, None], here * t)

@@ -8,17 +8,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fmegatron.nn import mlp
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param, bias
-from fmegatron.transforms import compiling
 
 Experts = dict[str, Any]
 
@@ -58,6 +58,16 @@ def grouped(kind: Mlp, p: Experts, rows: Tensor, counts: Tensor, expert: Tensor,
     return product(h if scale is None else h * scale[:, None].to(h.dtype), p["down"], counts)
 
 
+def lean(kind: Mlp, p: Experts, x: Tensor, token: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
+    """`grouped` from tokens and back to them, [t, d] -> [t, d]: row i is token[i], its result times scale[i] is added there.
+
+    An expert's rows exist while it runs; of all rows only what the activation reads is kept. Eager, differentiable once.
+    """
+    names = [name for name in p if name != "down_bias"]
+    y: Tensor = _Lean.apply(kind, names, token, counts.tolist(), x, scale.to(x.dtype), *(p[name] for name in names))
+    return y
+
+
 def reference(kind: Mlp, p: Experts, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The definition: tokens x [t, d] through the experts index [t, k], each result times weight [t, k], added up."""
     y = torch.zeros_like(x)
@@ -75,43 +85,127 @@ def reference(kind: Mlp, p: Experts, x: Tensor, index: Tensor, weight: Tensor) -
 
 # -- the grouped product ----------------------------------------------------------------------------------------------
 def product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-    """rows [n, a] in groups of counts[e] times w [experts, a, b] -> [n, b]; eager, or traced where torch's kernel takes it."""
-    if compiling() or rows.is_cuda:
+    """rows [n, a] in groups of counts[e] times w [experts, a, b] -> [n, b]; by torch's kernel on a GPU, where it takes them."""
+    if rows.is_cuda and traceable(rows):
         return F.grouped_mm(rows, w, offs=counts.cumsum(0).to(torch.int32))
-    return _Product.apply(rows, w, counts)
+    y: Tensor = _Product.apply(rows, w, counts)
+    return y
 
 
 def traceable(x: Tensor) -> bool:
-    """Whether the grouped product of such rows can be traced into a graph: torch's kernel wants 16-byte strides."""
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[-1] * x.element_size() % 16 == 0
+    """Whether the grouped product of such rows can be traced: torch's kernel takes bf16 with strides of 16 bytes."""
+    return not x.is_cuda or (x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0)
+
+
+@torch.library.custom_op("fmegatron::grouped_product", mutates_args=())
+def grouped_product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """`product` by one matmul a group, written into its rows; opaque to a tracer, so that it may look at counts."""
+    out = rows.new_empty(rows.shape[0], w.shape[2])
+    groups = counts.tolist()
+    for x, m, y in zip(rows.split(groups), w, out.split(groups), strict=True):
+        torch.mm(x, m, out=y)
+    return out
+
+
+@torch.library.custom_op("fmegatron::grouped_outer", mutates_args=())
+def grouped_outer(rows: Tensor, others: Tensor, counts: Tensor) -> Tensor:
+    """rows [n, a] transposed times others [n, b], group by group -> [experts, a, b]: the gradient of the weights."""
+    out = rows.new_empty(counts.shape[0], rows.shape[1], others.shape[1])
+    groups = counts.tolist()
+    for x, y, d in zip(rows.split(groups), others.split(groups), out, strict=True):
+        torch.mm(x.t(), y, out=d)
+    return out
+
+
+@grouped_product.register_fake
+def _(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2])
+
+
+@grouped_outer.register_fake
+def _(rows: Tensor, others: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(counts.shape[0], rows.shape[1], others.shape[1])
 
 
 class _Product(torch.autograd.Function):
-    """One matmul a group, written into its rows: no copy of the weights, and no gradient of a whole stack for each expert."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-        groups = counts.tolist()
-        ctx.save_for_backward(rows, w)
-        ctx.groups = groups
-        return _each(rows, w, groups)
+        ctx.save_for_backward(rows, w, counts)
+        return grouped_product(rows, w, counts)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        rows, w = ctx.saved_tensors
-        d_rows = d_w = None
-        if ctx.needs_input_grad[0]:
-            d_rows = _each(cotangent, w.transpose(1, 2), ctx.groups)
-        if ctx.needs_input_grad[1]:
-            d_w = torch.empty_like(w)
-            for e, (x, y) in enumerate(zip(rows.split(ctx.groups), cotangent.split(ctx.groups), strict=True)):
-                torch.mm(x.t(), y, out=d_w[e])
-        return d_rows, d_w, None
+        rows, w, counts = ctx.saved_tensors
+        return grouped_product(cotangent, w.transpose(1, 2), counts), grouped_outer(rows, cotangent, counts), None
 
 
-def _each(rows: Tensor, w: Tensor, groups: Sequence[int]) -> Tensor:
-    out = rows.new_empty(rows.shape[0], w.shape[2])
-    for x, m, y in zip(rows.split(groups), w, out.split(groups), strict=True):
-        if x.shape[0]:
-            torch.mm(x, m, out=y)
-    return out
+class _Lean(torch.autograd.Function):
+    """A loop over experts, forward and backward, whose sums over a token's experts are at least fp32.
+
+    Of the rows only what the activation reads is kept. The backward writes its gradient over that, unless the graph is to be
+    used again, and makes the weights' gradients a projection at a time, so that a projection's rows go before the next's come.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: Mlp, names: Sequence[str], token: Tensor, groups: Sequence[int], x: Tensor, scale: Tensor, *w: Tensor
+    ) -> Tensor:
+        p, reads = dict(zip(names, w, strict=True)), [name for name in ("gate", "up") if name in names]
+        kept = {name: x.new_empty(len(token), p[name].shape[2]) for name in reads}
+        y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        for e, here in _slices(groups):
+            rows = x.index_select(0, token[here])
+            for name in reads:
+                torch.mm(rows, p[name][e], out=kept[name][here])
+                if kind.bias:
+                    kept[name][here] += p[f"{name}_bias"][e]
+            h = mlp.hidden(kind, kept["gate"][here] if kind.gated else None, kept["up"][here])
+            y.index_add_(0, token[here], (h @ p["down"][e]).mul_(scale[here, None]).to(y.dtype))
+        ctx.save_for_backward(token, x, scale, *w)
+        ctx.how, ctx.kept = (kind, names, groups, reads), kept
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        kind, names, groups, reads = ctx.how
+        token, x, scale, *w = ctx.saved_tensors
+        p, kept = dict(zip(names, w, strict=True)), ctx.kept
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            kept = {name: y.clone() for name, y in kept.items()}
+        d_scale, d = torch.zeros_like(scale), {"down": _like(p["down"], groups)}
+        for e, here in _slices(groups):
+            ct = cotangent.index_select(0, token[here])
+            inner = [kept[name][here].detach().requires_grad_() for name in reads]
+            with torch.enable_grad():
+                h = mlp.hidden(kind, inner[0] if kind.gated else None, inner[-1])
+            d_h = ct @ p["down"][e].t()
+            d_scale[here] = torch.einsum("nf,nf->n", d_h, h.detach())
+            torch.mm(h.detach().t(), ct.mul_(scale[here, None]), out=d["down"][e])
+            for name, found in zip(reads, torch.autograd.grad(h, inner, d_h.mul_(scale[here, None])), strict=True):
+                kept[name][here] = found
+        d_x = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        for name in reads:
+            d_y, d[name] = kept.pop(name), _like(p[name], groups)
+            d |= {f"{name}_bias": _like(p[f"{name}_bias"], groups)} if kind.bias else {}
+            for e, here in _slices(groups):
+                torch.mm(x.index_select(0, token[here]).t(), d_y[here], out=d[name][e])
+                if kind.bias:
+                    torch.sum(d_y[here], 0, out=d[f"{name}_bias"][e])
+                d_x.index_add_(0, token[here], (d_y[here] @ p[name][e].t()).to(d_x.dtype))
+            del d_y
+        return None, None, None, None, d_x.to(x.dtype), d_scale, *(d[name] for name in names)
+
+
+def _like(w: Tensor, groups: Sequence[int]) -> Tensor:
+    """Room for the gradient of stacked weights: zeros where an expert has no rows."""
+    return torch.zeros_like(w) if 0 in groups else torch.empty_like(w)
+
+
+def _slices(groups: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which."""
+    start = 0
+    for e, n in enumerate(groups):
+        if n:
+            yield e, slice(start, start + n)
+        start += n

@@ -145,12 +145,13 @@ def routed(
     width = "expert_latent" if moe.latent else "embed"
     table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}") if kind.bias else None
     grouped, batched = partial(experts.grouped, kind, p), partial(experts.batched, kind, p)
+    lean = partial(experts.lean, kind, p) if x.device.type == "cpu" and not blind(x) else None
     if form == "local":
-        y = dispatch.local(x, index, weight, e, grouped, dropped)
+        y = dispatch.local(x, index, weight, e, grouped, lean, dropped)
     elif form == "ragged":
         y = dispatch.ragged(sh, ways, x, index, weight, e, grouped, dropped, meanwhile)
     elif form == "gather":
-        y = dispatch.gathered(sh, ways, x, index, weight, e, None if blind(x) else grouped, batched)
+        y = dispatch.gathered(sh, ways, x, index, weight, e, None if blind(x) else grouped, lean, batched)
     else:
         assert slot is not None
         y = dispatch.padded(sh, ways, x, weight, slot, e, slots, batched)
@@ -175,9 +176,10 @@ def form_of(sh: Sharding, x: Tensor) -> str:
 
 
 def monitor(sh: Sharding, routing: router.Routing) -> None:
-    """Tap the load of each expert, and the entropy of the scores in nats, summed over tokens."""
+    """Tap the load of each expert, and the number of tokens and the entropy of their scores in nats, summed."""
     if sh.taps is None:
         return
     s = routing.scores
     sh.tap("experts/{layer}.load", hits(s, routing.chosen), "batch seq router_expert", keep="router_expert")
+    sh.tap("experts/{layer}.tokens", torch.ones_like(s[..., 0]), "batch seq")
     sh.tap("experts/{layer}.entropy", -(s * (s + 1e-20).log()).sum(-1), "batch seq")

@@ -27,7 +27,7 @@ from fmegatron.train.step import make_step
 from fmegatron.train.unigram import unigram_of
 from fmegatron.tree import Tree
 
-OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard",
+OURS = ("config.toml", "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt", "checkpoints", "tensorboard", "experts.png",
         "heartbeat", "stragglers.jsonl", "run.json", "report.html", "traces", "wandb", "wandb-id")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmegatron.sharding import Mesh
-from fmegatron.train import checkpoint, metrics, page, report, saving
+from fmegatron.train import balance, checkpoint, metrics, page, report, saving
 from fmegatron.train.assemble import Parts
 from fmegatron.train.state import TrainState
 
@@ -30,6 +30,7 @@ def close(parts: Parts, state: TrainState, why: str | None, sample: Sampler | No
     bits = next((r["bits_per_byte"] for r in reversed(records) if r.get("bits_per_byte")), None)
     title = f"{parts.model.count() / 1e6:.1f}M parameters, {c.data.source}"
     picture = report.loss_curve(records, parts.folder / "loss.png", compressors=parts.source.compressors, title=title)
+    balance.picture(records, parts.folder / "experts.png")
     text = sample(saved, c.log.prompt) if sample is not None and parts.source.corpus is not None and c.log.prompt else ""
     if text:
         (parts.folder / "sample.txt").write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from fmegatron.config import RunConfig
 from fmegatron.data.batches import batches
-from fmegatron.train import checkpoint, facts, saving, setup
+from fmegatron.train import balance, checkpoint, facts, saving, setup
 from fmegatron.train.assemble import Parts, assemble
 from fmegatron.train.book import Book
 from fmegatron.train.closing import Sampler, close
@@ -123,7 +123,7 @@ def train(
                 parts.check(state.params)
             measured = _due(done, c.validation.interval) or done == steps
             more = partial(measure, parts, state, whole=done == steps) if measured else None
-            book.add(done, outcome.numbers, meter.clock, more)
+            book.add(done, balance.numbers(outcome.numbers), meter.clock, more)
             if _due(done, c.checkpoint.interval) and done < steps:
                 book.write()
                 _note(show, save(parts, guard, saver, state))

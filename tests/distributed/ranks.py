@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 
 from fmegatron.models.gpt import Config, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
+
+EXPERTS = Moe(experts=4, top_k=2, mlp=8, shared=4, score="sigmoid", sequence_loss=0.1, balance_bias=True)
 
 
 def batch(rows=8, length=8, vocab=21):
@@ -46,17 +49,18 @@ def main(cases):
     for case in cases:
         rules, *words = case.split()
         given = {k: int(v) if v.isdigit() else v for k, v in (word.split("=") for word in words)}
-        sizes = {k: given.pop(k) for k in ("dp", "fsdp", "cp", "cpa", "tp") if k in given}
-        layers = given.pop("layers", 2)
+        sizes = {k: given.pop(k) for k in ("dp", "fsdp", "ep", "cp", "cpa", "tp") if k in given}
+        layers, block = given.pop("layers", 2), EXPERTS if given.pop("experts", 0) else None
         model = gpt(Config(layers=layers, embed=16, heads=4, kv=2, mlp=12, vocab=21, vocab_pad=8, qk_norm="norm", z_loss=1e-3,
-                           label_smoothing=0.1, loss_chunks=2))  # fmt: skip
-        if layers not in expected:
-            expected[layers] = measure(model, SINGLE, batch())
+                           label_smoothing=0.1, loss_chunks=2, moe=block))  # fmt: skip
+        alone = layers, block
+        if alone not in expected:
+            expected[alone] = measure(model, SINGLE, batch())
         start, wrong = time.perf_counter(), None
         mesh, traffic = counted(make_mesh("cpu", **sizes))
-        actual = measure(model, Sharding(mesh, RULES[rules]), batch(), expected=expected[layers], **given)
+        actual = measure(model, Sharding(mesh, RULES[rules]), batch(), expected=expected[alone], **given)
         try:
-            assert_same(actual, expected[layers], 1e-10)
+            assert_same(actual, expected[alone], 1e-10)
             if "async_tp" in given and "compile" not in given:
                 assert most_under_way(traffic, "all_gather", "tp") == 2, "no gather is under way while another is waited for"
         except AssertionError as error:

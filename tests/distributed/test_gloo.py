@@ -30,6 +30,7 @@ EAGER = [  # every way to store and every way to compute
     "tp_sp tp=4 async_tp=2",
     "fsdp_tp_sp dp=2 tp=2 microbatches=2 remat=full",
     "zero1_tp dp=2 tp=2 prefetch=0",
+    "fsdp_tp_sp ep=2 tp=2 experts=1 microbatches=2 remat=full",
 ]
 COMPILED = ["fsdp_tp_sp dp=2 tp=2 compile=1 layers=1", "fsdp dp=4 compile=1 remat=full layers=1"]
 MORE = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 
 from fmegatron import optim, tree
 from fmegatron.models import Config, gpt
@@ -16,6 +17,7 @@ from fmegatron.nn.moe import Moe
 from fmegatron.nn.param import init, normal
 from fmegatron.sharding import RULES, SINGLE, Sharding, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
+from fmegatron.train import balance
 from fmegatron.train.state import init as init_state
 from fmegatron.train.step import make_step
 
@@ -71,6 +73,48 @@ def test_every_path_is_the_loop_over_experts(kind, static):
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for a, b in zip(tree.leaves(found), right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_graph_may_be_used_twice():
+    x, index, weight = choices()
+    p = {name: w.clone().requires_grad_() for name, w in weights(PLAIN, Mlp())["experts"].items()}
+    y = moe.routed(SINGLE.bind({"embed": D, **PLAIN.sizes(16)}), PLAIN, Mlp(), p, x[None], index[None], weight[None])
+    first = torch.autograd.grad(y.sum(), list(p.values()), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y.sum(), list(p.values())), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_traced_block_is_the_eager_one(dtype):
+    block = replace(PLAIN, sequence_loss=0.1)
+    sh = SINGLE.bind({"embed": D, **block.sizes(16)})
+    p = tree.map(lambda w: w.to(dtype), weights(block, Mlp()))
+    x = choices()[0].to(dtype).unflatten(0, (4, 10))
+
+    def run(p, x):
+        y, terms = moe.apply(sh, block, Mlp(), p, x, {}, None)
+        return y.sin().sum() + sum(terms.values())
+
+    traced = aot_function(run, fw_compiler=nop, bw_compiler=nop)  # the tracer of transforms.Compiled
+    found = []
+    for fn in (traced, run):
+        given = [tree.map(lambda w: w.clone().requires_grad_(), p), x.clone().requires_grad_()]
+        value = fn(*given)
+        found.append([value.detach(), *torch.autograd.grad(value, tree.leaves(given))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_numbers_and_a_picture_of_the_load(tmp_path):
+    taps = {"load": [3.0, 1.0, 0.0, 0.0], "tokens": 2.0, "entropy": 2.0, "dropped": 1.0}
+    metrics = {f"tap.sum.experts/02.{name}": torch.tensor(x) for name, x in taps.items()} | {"loss": torch.tensor(1.0)}
+    for given in (metrics, {name: torch.stack([x, x]) for name, x in metrics.items()}):  # one device, two ranks in one process
+        found = {name: float(x.flatten()[0]) for name, x in balance.numbers(given).items()}
+        wanted = {"loss": 1.0, "experts/02.max_violation": 2.0, "experts/02.entropy": 1.0, "experts/02.dropped": 0.25}
+        assert found == wanted | {f"load/02/{e}": x for e, x in enumerate((3.0, 1.0, 0.0, 0.0))}
+    records = [{"step": step, **found} for step in (1, 2)]
+    assert balance.picture(records, tmp_path / "experts.png").stat().st_size > 5000
+    assert balance.picture([{"step": 1, "loss": 1.0}], tmp_path / "none.png") is None
 
 
 def test_the_way_back_is_the_transpose_of_the_way_in():
