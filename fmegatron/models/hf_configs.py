@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from fmegatron.models import hf_moe
@@ -175,13 +175,19 @@ def describe(c: Any) -> dict[str, Any]:
     plain |= hf_moe.describe_experts(c, family) if c.moe is not None else {}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     plain = {"architectures": [ARCHITECTURES[family]], "model_type": family} | plain | ends
-    back, ours = _meaning(config_of(plain)), _meaning(c)
-    for field in fields(Config):
-        a, b = getattr(ours, field.name), getattr(back, field.name)
-        if a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-12)):
-            said = f"its config can only say {b!r}"
-            raise ValueError(f"{field.name} = {a!r} has no counterpart in a Hugging Face {family}: {said}")
+    for name, a, b in _differences(_meaning(c), _meaning(config_of(plain))):
+        raise ValueError(f"{name} = {a!r} has no counterpart in a Hugging Face {family}: its config can only say {b!r}")
     return plain
+
+
+def _differences(ours: Any, back: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, ours, theirs) of fields of two dataclasses that are not the same."""
+    for field in fields(ours):
+        a, b, name = getattr(ours, field.name), getattr(back, field.name), prefix + field.name
+        if is_dataclass(a) and type(a) is type(b):
+            yield from _differences(a, b, f"{name}.")
+        elif a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-12)):
+            yield name, a, b
 
 
 def _meaning(c: Config) -> Config:

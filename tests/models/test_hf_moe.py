@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.modeling_layers import MtpModel
 
 from fmegatron import tree
 from fmegatron.inference import generate
-from fmegatron.models import Config, from_hf, gpt, to_hf
+from fmegatron.models import Config, from_hf, gpt, run_chain, to_hf
+from fmegatron.models.hf_configs import describe
 from fmegatron.nn.moe import Moe
-from fmegatron.sharding import RULES, Sharding, unshard, virtual_mesh
+from fmegatron.sharding import RULES, SINGLE, Sharding, unshard, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
 
 SIZES = {"layers": 2, "embed": 64, "heads": 4, "kv": 2, "hd": 16, "mlp": 32, "vocab": 40, "init_std": 0.2, "context": 64}
@@ -74,7 +77,7 @@ def test_fp8(tmp_path):
 
 
 def test_modules_that_look_ahead_there_and_back(tmp_path):
-    """They are numbered behind the layers, as in DeepSeek-V3's files; a folder may have none of them."""
+    """They are numbered behind the layers, as in DeepSeek-V3's files; transformers loads them, and computes the same."""
     model, params = random(V3)
     to_hf(model, params, tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
@@ -89,6 +92,19 @@ def test_modules_that_look_ahead_there_and_back(tmp_path):
     copies = {f"model.layers.2.{name}": stored["lm_head.weight"].clone() for name in beside}
     save_file(stored | copies, tmp_path / "model.safetensors")
     from_hf(tmp_path)  # which the published files have beside
+
+    main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]  # it knows 61, of the published model
+    main.set_experts_implementation("eager")
+    theirs, tokens = MtpModel.from_pretrained(main.eval()).eval(), torch.randint(1, 40, (2, 9))
+    h = main.model(tokens).last_hidden_state
+    wanted = theirs.forward_layer(0, h, torch.arange(9)[None], None, input_ids=tokens.roll(-1, 1))
+    nodes = [node for node in model.chain if not any(name.startswith("loss.") for name in node.writes)]
+    data = {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": torch.ones(2, 9)}
+    sh = SINGLE.bind(model.sizes)
+    ours = run_chain(model, nodes, params, model.inputs(sh, data), sh=sh)["out.1"]
+    torch.testing.assert_close(ours[:, :8], wanted[:, :8], rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+
     kept = {name: x for name, x in stored.items() if not name.startswith("model.layers.2.")}
     save_file(kept, tmp_path / "model.safetensors")
     assert from_hf(tmp_path)[0].config.mtp == 0  # as transformers saves it
@@ -120,3 +136,14 @@ def test_every_mesh_is_one_device(family):
     data["weights"] = torch.rand(4, 8, generator=generator, dtype=torch.float64)
     shardings = [Sharding(virtual_mesh(ep=2, tp=2), RULES["fsdp_tp_sp"]), Sharding(virtual_mesh(cp=2, ep=2), RULES["cp_ring"])]
     assert_mesh_invariant(gpt(FAMILIES[family]), data, shardings)
+
+
+@pytest.mark.parametrize("config, said", [
+    (replace(MIXTRAL, moe=Moe(4, 2, latent=8)), "moe.latent = 8 has no counterpart in a Hugging Face mixtral"),
+    (replace(QWEN3, moe=Moe(4, 2, shared=8)), "moe.shared = 8 has no counterpart in a Hugging Face qwen3_moe"),
+    (replace(V3, moe=replace(V3.moe, shared=30)), "moe.shared = 30 has no counterpart in a Hugging Face deepseek_v3"),
+    (replace(V3, moe=None, mtp=0, rope_interleaved=False), "kv_lora = 24 has no counterpart in a Hugging Face llama"),
+])  # fmt: skip
+def test_experts_of_ones_own_are_refused_by_name(config, said):
+    with pytest.raises(ValueError, match=said):
+        describe(config)

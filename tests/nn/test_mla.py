@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 
 from fmegatron import tree
 from fmegatron.inference import generate
@@ -17,6 +18,7 @@ from fmegatron.nn import attention
 from fmegatron.nn.rope import Yarn
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant, assert_same, measure
+from fmegatron.train.remat import Remat
 from fmegatron.train.step import plan_step
 
 YARN = Yarn(factor=4.0, context=8, mscale=0.7, mscale_all=0.9)
@@ -106,3 +108,24 @@ def test_a_latent_refuses_what_it_has_not():
                          ({"rope_hd": 12}, "rope_hd = 12 features of hd = 12 turn")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("parts", [(), ("mla_up",)])
+def test_a_traced_layer_equals_the_eager_one(parts):
+    """Under the tracer of transforms.Compiled: static shapes, nothing looks at values."""
+    model, params = parameters(replace(CONFIG, mtp=1))
+    sh = SINGLE.bind(model.sizes).recomputing(Remat(parts=parts).recompute)
+    data = batch()
+    values = run_chain(model, model.chain[:1], params, model.inputs(sh, data), sh=sh)
+    for node in (model.chain[1], next(node for node in model.chain if node.mtp)):
+        own = node_params(node, model.declare, params)
+        reads = {name: values[name] for name in node.reads if name in values}
+
+        def run(own, reads, node=node):
+            return sum(x.sin().sum() for x in node.fn(sh, own, reads, None).values() if x.is_floating_point())
+
+        first, second = (tree.map(lambda x: x.detach().clone().requires_grad_(), own) for _ in range(2))
+        a, b = aot_function(run, fw_compiler=nop, bw_compiler=nop)(first, reads), run(second, reads)
+        torch.testing.assert_close(a, b)
+        for x, y in zip(torch.autograd.grad(a, tree.leaves(first)), torch.autograd.grad(b, tree.leaves(second)), strict=True):
+            torch.testing.assert_close(x, y)
