@@ -49,6 +49,8 @@ class Config:
     qk_layer_scaling: bool = False  # queries / layer number, undone after the product: keeps fp16 scores small
     depth_scaling: bool = False  # scores / layer number, not undone (GPT-2's scale_attn_by_inverse_layer_idx)
     attention_softcap: float | None = None
+    qk_clip: float | None = None  # after a step that saw a larger score, that head's queries and keys are scaled back to it
+    qk_clip_alpha: float = 0.5  # the queries' part of it
     sink: Literal["none", "one", "learned"] = "none"
     # latent attention, where kv_lora is set
     kv_lora: int | None = None  # features of the latent of keys and values
@@ -101,6 +103,8 @@ class Config:
                 raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
         if self.moe is not None and not isinstance(self.moe.layers, int) and len(self.moe.layers) != self.layers:
             raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for layers = {self.layers}")
+        if self.qk_clip is not None and (self.qk_norm != "none" or self.attention_softcap or self.kv_lora or self.qk_clip <= 0):
+            raise ValueError(f"qk_clip = {self.qk_clip}: above 0, and without qk_norm, attention_softcap and latent attention")
         if self.fp32_residual and self.norm_at == "post":
             raise ValueError("fp32_residual with norm_at = post: the stream is a norm's output there, in the blocks' dtype")
         if self.qk_layer_scaling and self.attention_softcap is not None:
@@ -215,6 +219,7 @@ def attention_of(c: Config, layer: int) -> Attention:
         sink=None if c.sink == "none" else c.sink,
         undo=float(layer + 1) if c.qk_layer_scaling else 1.0,
         dropout=c.attention_dropout,
+        clip=c.qk_clip is not None,
         latent=c.latent,
     )
 

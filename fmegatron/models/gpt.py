@@ -25,6 +25,7 @@ from fmegatron.models.config import Config, kinds, moe_of
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token, run_chain
 from fmegatron.nn import attention, context, dropout, embedding, losses, mlp, moe, norm, rope, router, watch
 from fmegatron.nn.attention import Attention
+from fmegatron.nn.core import clip_factors
 from fmegatron.nn.moe import Moe
 from fmegatron.nn.param import Param, normal, stack
 from fmegatron.sharding import SINGLE, Sharding
@@ -230,6 +231,7 @@ def gpt(c: Config) -> Model:
         output=Node(partial(output, c), head, ("out",), ("logits",), index=c.layers + 2),
         config=c,
         dropout=c.dropouts,
+        factors=partial(factors, c) if c.qk_clip is not None else None,
         moves=partial(moves, c) if c.moe is not None and c.moe.balance_bias else None,
     )
 
@@ -256,4 +258,17 @@ def moves(c: Config, taps: Mapping[str, Tensor]) -> Values:
             number = int(name[len("experts/") : -len(".load")])  # of the node
             layer = f"layers.{number - 1}" if number <= c.layers else f"mtp.{number - c.layers - 4}.layer"
             found[f"{layer}.mlp.router.balance"] = router.move(c.moe, load)
+    return found
+
+
+def factors(c: Config, taps: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """What a step multiplies queries' and keys' heads by, by the scores that were tapped: QK-Clip (Kimi K2, 2025)."""
+    assert c.qk_clip is not None
+    found, kv = {}, c.kv or c.heads
+    for name, largest in taps.items():
+        if name.startswith("attention/") and name.endswith(".max_logits"):
+            number = int(name[len("attention/") : -len(".max_logits")])  # of the node
+            own, shared = clip_factors(largest, kv, c.qk_clip, c.qk_clip_alpha)
+            for leaf, by in (("q", ("heads", own)), ("k", ("kv", shared))):
+                found |= {f"layers.{number - 1}.attn.{leaf}{end}": by for end in ("", "_bias")}
     return found

@@ -83,8 +83,8 @@ class Model:
     global count is the term; the loss is the sum of the terms.
     inputs: fills in what a batch lacks: `inputs(sh, batch) -> values`.
     counts_of: {term: local count} of such values. moves: from a step's taps, what is added to leaves that no gradient reaches,
-    {path with the global layer's number: tensor, or a function from the old value to the new one}. output: the node that
-    writes "logits" from what the chain leaves.
+    {path with the global layer's number: tensor, or a function from the old value to the new one}; factors: what leaves are
+    multiplied by, {path: (name of a dim, [its size])}. output: the node that writes "logits" from what the chain leaves.
     """
 
     declare: Tree
@@ -96,6 +96,7 @@ class Model:
     config: Any = None
     dropout: bool = field(default=False)  # whether a key changes anything
     moves: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    factors: Callable[[Mapping[str, Tensor]], dict[str, tuple[str, Tensor]]] | None = None
 
     def init(self, key: Tensor | int = 0, dtype: torch.dtype = torch.float32) -> Tree:
         """Initial parameters on one device."""

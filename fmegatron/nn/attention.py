@@ -43,6 +43,7 @@ class Attention:
     sink: Literal["one", "learned"] | None = None  # one more logit in the softmax: 0 (off-by-one), or a weight a head
     undo: float = 1.0  # queries are divided by it before, scores multiplied after: Megatron's query-key layer scaling
     dropout: float = 0.0
+    clip: bool = False  # tap each head's largest score, for QK-Clip
     latent: Latent | None = None  # keys and values are projections of a latent: nn/mla.py
 
     @property

@@ -85,8 +85,8 @@ def attend(
         return y
 
     y = sh.local(core, f"{QUERIES} -> {QUERIES}")(queries, keys, values)
-    if sh.watches("attention"):
-        watch.max_logit(sh, tops[0])
+    if attn.clip or sh.watches("attention"):
+        watch.max_logit(sh, tops[0].amax((0, 2)), queries, attn.clip)
     return y
 
 
@@ -117,10 +117,10 @@ def whole(
         if tokens.rows is not None:
             given |= {f"rows{i}": tokens.rows[:, :, start:stop], f"columns{i}": there[:, None, None, :end]}
 
-    if sh.watches("attention"):
+    if (attn.clip and sh.taps is not None) or sh.watches("attention"):
         q, k = unzigzag(queries.detach(), 1, n) if part == "all" else queries.detach(), unzigzag(keys.detach(), 1, n)
         tops = [largest_score(attn, q[:, a:b], k[:, :end], given.get(f"mask{i}")) for i, (a, b, end) in enumerate(spans)]
-        watch.max_logit(sh, torch.stack(tops))
+        watch.max_logit(sh, torch.stack(tops).amax(0), queries, attn.clip)
 
     def core(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         g = dict(zip(given, rest, strict=True))

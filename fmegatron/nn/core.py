@@ -41,8 +41,8 @@ def scores(attn: Attention, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor
 
 
 def largest_score(attn: Attention, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The largest score of q [batch, seq, heads, hd] and the keys k that they see, 0-D: what `attend` would put through the
-    softmax. A piece of the queries at a time, so that few scores are alive."""
+    """The largest score of q [batch, seq, heads, hd] and the keys k that they see, [heads]: what `attend` would put through
+    the softmax. A piece of the queries at a time, so that few scores are alive."""
     q, k, found = q.transpose(1, 2), k.transpose(1, 2), []
     for start in range(0, q.shape[2], PIECE):
         stop = min(start + PIECE, q.shape[2])
@@ -52,8 +52,19 @@ def largest_score(attn: Attention, q: Tensor, k: Tensor, mask: Tensor | None = N
         elif mask is None and attn.causal:
             place, keys = torch.arange(stop, device=q.device)[None], k[:, :, :stop]
             here = see(place[:, start:], place, None)[:, None]
-        found.append(scores(attn, q[:, :, start:stop], keys, here).amax())
-    return torch.stack(found).amax()
+        found.append(scores(attn, q[:, :, start:stop], keys, here).amax((0, 2, 3)))
+    return torch.stack(found).amax(0)
+
+
+def clip_factors(largest: Tensor, kv: int, threshold: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Factors on query heads and on key heads that bring each head's largest score [..., heads] to `threshold` (QK-Clip).
+
+    g = min(1, threshold / largest) for each head, alpha of it by the queries; with fewer key heads a key head shrinks by its
+    smallest g ** (1 - alpha), and the queries by what is left of each g. Returns [..., heads], [..., kv].
+    """
+    g = torch.where(largest > threshold, threshold / largest, torch.ones_like(largest))
+    shared = g.unflatten(-1, (kv, -1)).amin(-1) ** (1 - alpha)
+    return g / shared.repeat_interleave(g.shape[-1] // kv, -1), shared
 
 
 def grouped(a: Tensor, b: Tensor) -> Tensor:

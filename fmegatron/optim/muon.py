@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fmegatron import tree
 from fmegatron.nn import param
+from fmegatron.nn.core import clip_factors
 from fmegatron.nn.param import Matrix
 from fmegatron.optim.adam import Moving, adamw
 from fmegatron.optim.base import LOCAL, Over, Transform, Tree, Views, chain
@@ -128,8 +129,5 @@ def qk_clip(q: Tensor, k: Tensor, max_logits: Tensor, threshold: float = 100.0, 
     scale. A head's logits shrink by g = min(1, threshold / max), alpha of it by the queries; with fewer key heads than query
     heads a key head shrinks by its smallest g ** (1 - alpha), and the queries by what is left of each g.
     """
-    g = torch.where(max_logits > threshold, threshold / max_logits, torch.ones_like(max_logits)).to(q.dtype)
-    kv = k.shape[-2]
-    shared = g.unflatten(-1, (kv, -1)).amin(-1) ** (1 - alpha)
-    own = g / shared.repeat_interleave(g.shape[-1] // kv, -1)
+    own, shared = clip_factors(max_logits.to(q.dtype), k.shape[-2], threshold, alpha)
     return q * own[..., None, :, None], k * shared[..., None, :, None]

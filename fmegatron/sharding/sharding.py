@@ -243,14 +243,15 @@ class Sharding:
     def tap(self, name: str, x: Tensor, names: str, op: str = "sum", keep: str = "") -> None:
         """Leave a statistic of all elements, everywhere, for aux; no gradient, free when taps are off.
 
-        op: "sum" (may `keep` a dim), "max", or "moments" (moments.py). {layer} in the name becomes the number of the node that
-        taps; a name without is added up, or compared, over all of them.
+        op: "sum" (may `keep` a dim), "max" (with `keep` element by element), or "moments" (moments.py). {layer} in the name
+        becomes the number of the node that taps; a name without is added up, or compared, over all of them.
         """
         if self.taps is not None and op == "moments":
             whole_rows = not self.placement(names).axes[-1]
             self.taps[name] = (op, self._once(moments(x.detach(), whole_rows), names))
         elif self.taps is not None:
-            self.taps[name] = (op, self.total(x.detach(), names, keep) if op == "sum" else x.detach().amax())
+            x = x.detach()
+            self.taps[name] = (op, self.total(x, names, keep) if op == "sum" else x if keep else x.amax())
 
     def remat(self, name: str, fn: Callable[..., Any], *tensors: Tensor) -> Any:
         """`fn(*tensors)`, a named part whose residuals a remat policy may drop and compute again."""

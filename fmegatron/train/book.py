@@ -79,7 +79,7 @@ class Book:
         cuda = torch.device(mesh.device).type == "cuda"
         self.waits = cuda if late is None else late  # elsewhere a step is done when it returns
         self.peak = peak_flops(torch.cuda.get_device_name(), precision) if cuda else None
-        self.devices = 1 if mesh.stacked else mesh.size
+        self.devices, self.stacked = 1 if mesh.stacked else mesh.size, int(mesh.stacked)
         self.waiting: tuple[int, Reading, Clock | None] | None = None
         self.useful, self.started, self.skipped = past.useful, past.started or time.time(), past.skipped
         self.spent: dict[str, float] = {}
@@ -94,7 +94,7 @@ class Book:
 
     def add(self, step: int, numbers: Mapping[str, Tensor], clock: Clock | None = None, more: More | None = None) -> None:
         """Take the numbers of a step that was just started; write them when the next one has, where that saves a wait."""
-        reading = Reading(numbers)
+        reading = Reading({name: x for name, x in numbers.items() if x.dim() <= self.stacked})  # no vectors of heads, experts
         self.write()
         self.waiting = (step, reading, clock)
         if more is not None or not self.waits:

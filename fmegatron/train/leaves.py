@@ -105,6 +105,7 @@ def add_moves(
 
     A leaf with moves of some of its layers has those of all. A move is added; a function makes the new value of the old.
     """
+    params = multiplied(model, leaves, params, metrics, ok, sh)
     if model.moves is None:
         return params
     taps = {name: x for name, x in metrics.items() if name.startswith(("tap.sum.", "tap.max."))}
@@ -125,6 +126,32 @@ def add_moves(
             own = own if callable(moves[paths[0]]) else old + own
             new = torch.where(ok, own, old)
             values[i :: n] = split(new) if halves else [new]
+    return tree.unflatten(spec, values)
+
+
+def multiplied(
+    model: Model, leaves: dict[str, Leaf], params: Tree, metrics: Mapping[str, Tensor], ok: Tensor, sh: Sharding
+) -> Tree:
+    """Parameters in the optimizer's placement, times what the model's `factors` say of a step's taps, if ok."""
+    if model.factors is None:
+        return params
+    factors = model.factors({name[8:]: x for name, x in metrics.items() if name.startswith("tap.max.")})
+    (values, spec), n = tree.flatten(params), len(leaves)
+    halves = isinstance(params, Split)
+    for i, leaf in enumerate(leaves.values()):
+        paths, place = layer_paths(leaf.path, leaf.param), leaf.optimizer
+        if paths[0] in factors:
+            names = ("layers", factors[paths[0]][0])[not leaf.stacked :]
+            at = [place.names.index(name) for name in names]
+            axes, pads = tuple(place.axes[dim] for dim in at), tuple(place.pad(dim) for dim in at)
+            each = [factors[path][1] for path in paths]
+            old = join(values[i], values[n + i]) if halves else values[i]
+            whole, here = Placement(names, ((),) * len(names)), Placement(names, axes, pads=pads if any(pads) else ())
+            by = (torch.stack(each) if leaf.stacked else each[0]).to(old.dtype)
+            by = run(by, sh.rank, plan_relayout(sh.mesh, whole, here))
+            by = by[tuple(slice(None) if name in names else None for name in place.names)]
+            new = torch.where(ok, old * by, old)
+            values[i::n] = split(new) if halves else [new]
     return tree.unflatten(spec, values)
 
 

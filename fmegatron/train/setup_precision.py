@@ -43,7 +43,8 @@ def check_moments(c: RunConfig, model: Model, sh: Sharding) -> None:
     for path, leaf in plan_leaves(model, sh).items():
         *_, name = leaf.optimizer.names
         ranks = math.prod(sh.mesh[axis].size for axis in leaf.optimizer.axes[-1])
-        if ranks > 1 and (here := sh.size(name) // ranks) % BLOCK:
+        pad = leaf.optimizer.pad(len(leaf.optimizer.names) - 1)
+        if ranks > 1 and (here := (sh.size(name) + pad) // ranks) % BLOCK:
             raise ConfigError(
                 f"optimizer.mu_dtype, nu_dtype: fp16 and fp8 lie in blocks of {BLOCK}, and {path} has {here} of {name} on "
                 "a rank: use bf16, or rules that cut another dim"

@@ -154,7 +154,7 @@ class Over:
         declared, place = self.leaves[path].param, self.leaves[path].optimizer
         sh = self.sh if declared.layers is None else self.sh.bind({"layers": declared.layers})
         name, first = param.canonical(path, declared)
-        index = [sh.slice_index(dim, axes, leaf) for dim, axes in zip(place.names, place.axes, strict=True)]
+        index = [sh.slice_index(dim, place.axes[i], leaf, place.pad(i)) for i, dim in enumerate(place.names)]
         index = [x + first if dim == 0 else x for dim, x in enumerate(index)]
         return name, *rows_and_columns(index, declared.true_shape(sh.sizes), leaf)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fmegatron import tree
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.collectives import Pmax, Psum
 from fmegatron.sharding.moments import described, merged
@@ -29,8 +30,7 @@ def everywhere(sh: Sharding, sums: Mapping[str, Tensor], taps: Mapping[str, Tens
         of[name.split(".")[1]][name] = x
     out = sum_together(sh, {**sums, **of["sum"]})
     if of["max"]:
-        largest = over_ranks(sh, torch.stack([x.double() for x in of["max"].values()]), Pmax)
-        out |= dict(zip(of["max"], largest.unbind(0), strict=True))
+        out |= tree.as_one(of["max"], lambda flat: over_ranks(sh, flat, Pmax))
     if of["moments"]:
         whole = merged(torch.stack(list(of["moments"].values())), lambda x: over_ranks(sh, x, Psum))
         for key, x in described(whole).items():
