@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmegatron import random, tree
+from fmegatron import random
 from fmegatron.models import mtp
 from fmegatron.models.config import Config, kinds, moe_of
 from fmegatron.models.model import Model, Node, Values, count_tokens, next_token, run_chain
@@ -62,10 +62,11 @@ def embed(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Val
 def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """One block: attention, then the feed-forward or the experts, each added to the residual stream."""
     n, out = c.block_norm, {}
-    dtype = tree.leaves(p)[0].dtype  # of the blocks; the stream's too, unless it is fp32
+    narrow = p.get("attn_norm", p.get("attn_out_norm"))["weight"].dtype if c.fp32_residual else None  # what blocks compute in
 
     def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
-        y = block((norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h).to(dtype))
+        x = norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h
+        y = block(x if narrow is None else x.to(narrow))
         if c.norm_at in ("peri", "out"):
             y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
         watch.activation(sh, name, y, STREAM)
@@ -101,7 +102,8 @@ def _terms(c: Config) -> tuple[str, ...]:
 
 def final(c: Config, sh: Sharding, p: Any, v: Values, key: Tensor | None) -> Values:
     """The last norm; the stream, labels and weights to where the loss wants their sequence."""
-    h = norm.apply(sh, c.block_norm, p["norm"], v["h"]).to(p["norm"]["weight"].dtype) if "norm" in p else v["h"]
+    h = norm.apply(sh, c.block_norm, p["norm"], v["h"]) if "norm" in p else v["h"]
+    h = h.to(p["norm"]["weight"].dtype) if c.fp32_residual else h
     watch.activation(sh, "out", h, STREAM)
     return ({"h": h} if c.mtp else {}) | {
         "out": sh.relayout(h, "batch seq embed -> batch loss_seq embed"),
@@ -264,7 +266,7 @@ def moves(c: Config, taps: Mapping[str, Tensor]) -> Values:
 def factors(c: Config, taps: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """What a step multiplies queries' and keys' heads by, by the scores that were tapped: QK-Clip (Kimi K2, 2025)."""
     assert c.qk_clip is not None
-    found, kv = {}, c.kv or c.heads
+    found, kv = dict[str, tuple[str, Tensor]](), c.kv or c.heads
     for name, largest in taps.items():
         if name.startswith("attention/") and name.endswith(".max_logits"):
             number = int(name[len("attention/") : -len(".max_logits")])  # of the node
