@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
+from uuid import uuid4
 
 import pytest
 
@@ -41,6 +43,28 @@ hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, de
 hypothesis.settings.register_profile("long", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Callable[[], str]]:
+    """Makes a new bucket and returns its URL, on a real S3 API of this machine; other processes find it in the environment."""
+    moto, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x",
+              "DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem.clear_instance_cache()  # of another server
+
+        def make() -> str:
+            name = f"bucket-{uuid4().hex[:12]}"  # moto forgets nothing between servers
+            s3fs.S3FileSystem().mkdir(name)
+            return f"s3://{name}"
+
+        yield make
+    server.stop()
 
 
 def suite(nodeid: str) -> str:

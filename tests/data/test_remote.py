@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +15,8 @@ from fmegatron.data.remote import RemoteTokens
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    moto, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
-    patch = pytest.MonkeyPatch()
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1"),
-                        ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):  # fmt: skip
-        patch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # of another server
-    s3fs.S3FileSystem().mkdir("corpora")
-    yield "s3://corpora"
-    server.stop()
-    patch.undo()
+def bucket(s3: Callable[[], str]) -> str:
+    return s3()
 
 
 def put(folder: Path, bucket: str) -> None:
@@ -63,13 +51,13 @@ def test_the_same_tokens_and_rows(tmp_path: Path, bucket: str) -> None:
 
 
 def test_what_is_wrong_is_named(tmp_path: Path, bucket: str) -> None:
-    with pytest.raises(ValueError, match=r"s3://corpora/gone.idx does not exist; a prefix names two files"):
+    with pytest.raises(ValueError, match=rf"{bucket}/gone.idx does not exist; a prefix names two files"):
         IndexedDataset(f"{bucket}/gone")
     with IndexedWriter(tmp_path / "x", np.uint16) as out:
         out.add_document([1, 2, 3])
     (tmp_path / "x.bin").write_bytes(b"\x01")
     put(tmp_path, bucket)
-    with pytest.raises(ValueError, match=r"s3://corpora/x.bin: 1 bytes, but x.idx expects 3 tokens"):
+    with pytest.raises(ValueError, match=rf"{bucket}/x.bin: 1 bytes, but x.idx expects 3 tokens"):
         IndexedDataset(f"{bucket}/x")
     with pytest.raises(ValueError, match=r"nope://x/y.idx: .*rotocol"):
         IndexedDataset("nope://x/y")

@@ -34,9 +34,11 @@ def test_killed_at_random_moments(background, unbroken, tmp_path):
     assert digest(tmp_path / "run") == digest(unbroken)
 
 
-def test_killed_while_it_saves(unbroken, tmp_path):
-    """Between each two calls that change the folder of checkpoints: the kill is counted in calls, not in seconds."""
-    for call in (1, 3, 5, 8, 11):
+@pytest.mark.parametrize("background", [False, True])
+def test_killed_while_it_saves(background, unbroken, tmp_path):
+    """Between calls that change the folder of checkpoints, in the thread that saves: counted in calls, not in seconds."""
+    groups = {"checkpoint": {"background": background, "interval": 3, "keep": 3}}
+    for call in (3, 8, 11) if background else (1, 5, 13):
         code = f"""
 import os, signal, sys
 from runs import train
@@ -52,17 +54,17 @@ def killing(name, fn):
     setattr(os, name, call)
 killing("rename", os.rename); killing("replace", os.replace); killing("mkdir", os.mkdir); killing("fsync", os.fsync)
 """
-        process = FORK.Process(target=_killed, args=(code, tmp_path / "run"))
+        process = FORK.Process(target=_killed, args=(code, tmp_path / "run", groups))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, call
-    train(tmp_path / "run")
+    train(tmp_path / "run", **groups)
     same_run(tmp_path / "run", unbroken)
 
 
-def _killed(code: str, folder: Path) -> None:
+def _killed(code: str, folder: Path, groups: dict) -> None:
     exec(code, {})
-    train(folder)
+    train(folder, **groups)
 
 
 def test_torchrun_starts_it_again(tmp_path):

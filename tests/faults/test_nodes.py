@@ -43,3 +43,26 @@ def test_one_process_keeps_its_own_and_fresh_forgets_them(tmp_path, capsys):
     same_run(tmp_path / "run", tmp_path / "plain")
     with pytest.raises(ConfigError, match="local.factor, with 1 rank.s. a node: .*factor can be at most 1"):
         train(tmp_path / "two", local=local | {"factor": 2})
+
+
+def test_several_ranks_save_to_object_storage(s3, tmp_path):
+    """Two ranks upload a file each; they are killed, and taken up from there; a flipped file is stepped over."""
+    where = {"folder": f"{s3()}/run", "interval": 3, "keep": 0}
+    assert joined(ranks(tmp_path / "whole")) == [0, 0]
+    codes = joined(ranks(tmp_path / "run", checkpoint=where, faults={"inject": ["kill:11:1"]}))
+    assert codes[1] == -signal.SIGKILL
+    import s3fs
+
+    store = s3fs.S3FileSystem()
+    file = f"{where['folder']}/step-00000009/rank-00001.safetensors"
+    data = store.cat_file(file)
+    store.pipe_file(file, data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(ValueError, match="rank-00001.safetensors has other bytes than were written"):
+        train(tmp_path / "look", mesh={"virtual": True, "dp": 2}, checkpoint={"resume": f"{where['folder']}/step-00000009"})
+    store.rm(f"{where['folder']}/step-00000009", recursive=True)
+    assert joined(ranks(tmp_path / "run", checkpoint=where)) == [0, 0]
+    assert f"resumed at step 6 from {where['folder']}/step-00000006" in (tmp_path / "run.log").read_text()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    files = [store.cat_file(f"{where['folder']}/step-00000012/rank-0000{i}.safetensors") for i in range(2)]
+    last = tmp_path / "whole/checkpoints/step-00000012"
+    assert files == [(last / f"rank-0000{i}.safetensors").read_bytes() for i in range(2)]

@@ -12,27 +12,9 @@ from fmegatron.train.checkpoint import Chunks, latest, load, newest_good, read_m
 from fmegatron.train.remote import Bucket, Url
 
 
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    running = moto.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    yield "http://{}:{}".format(*running.get_host_and_port())
-    running.stop()
-
-
 @pytest.fixture
-def url(server, monkeypatch, request):
-    values = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}
-    for name, value in values.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"b{abs(hash(request.node.name)) % 10**9}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return f"s3://{bucket}/runs/one"
+def url(s3):
+    return f"{s3()}/runs/one"
 
 
 def put(url, step, **options):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,35 +105,9 @@ def test_weights_that_do_not_go_together(folders: list[Path], weights: list[Weig
 
 
 # -- elsewhere --------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Callable[[], str]]:
-    """A new bucket's URL, on an S3 API of this machine."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    old = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    import boto3
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()  # of another server
-    counter = iter(range(100))
-
-    def make() -> str:
-        name = f"bucket{next(counter)}"
-        boto3.client("s3").create_bucket(Bucket=name)
-        return f"s3://{name}"
-
-    yield make
-    server.stop()
-    for name, value in old.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_s3_there_and_back(bucket: Callable[[], str], tmp_path: Path, compression: str | None) -> None:
-    place = f"{bucket()}/deep"
+def test_s3_there_and_back(s3: Callable[[], str], tmp_path: Path, compression: str | None) -> None:
+    place = f"{s3()}/deep"
     write(f"{place}/train", 60, compression=compression, hashes=("xxh64",))
     streams = Streams([Stream(str(tmp_path / "x"), place, "train")])
     assert not list((tmp_path / "x/train").glob("*.mds"))
