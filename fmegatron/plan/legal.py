@@ -56,6 +56,9 @@ def check(run: PlanConfig, model: Model) -> None:
                 raise ConfigError(f"{wrong.partition(': use')[0]}: use {axis}={_near(legal, sizes[axis], f' or {axis}=')}")
         raise ConfigError(wrong)
     p, stages, m = run.pipeline, run.mesh.pp, run.training.microbatches
+    if laid_out(run):
+        setup.pipeline_of(run, model)
+        return
     layers = sum(node.is_layer for node in model.chain)
     if layers % stages:
         raise ConfigError(f"{layers} layers do not divide over mesh.pp = {stages}: use pp = {_divisor(layers, stages)}")
@@ -65,6 +68,21 @@ def check(run: PlanConfig, model: Model) -> None:
                           f"use virtual = {_divisor(each, p.virtual)}")
     if stages > 1:
         make_schedule(p.schedule, stages, p.virtual, m)
+
+
+def laid_out(run: PlanConfig) -> bool:
+    """Whether the run says how many layers each stage has."""
+    p = run.pipeline
+    return run.mesh.pp > 1 and (p.layout, p.first, p.last, p.count_embedding, p.count_loss) != (None, None, None, False, False)
+
+
+def fullest(run: PlanConfig, model: Model) -> int:
+    """Layers of the rank that has most of them."""
+    pipeline = setup.pipeline_of(run, model) if laid_out(run) else None
+    if pipeline is None or pipeline.layout is None:
+        return -(-sum(node.is_layer for node in model.chain) // run.mesh.pp)
+    ranks = [pipeline.schedule.stages_of(rank) for rank in range(run.mesh.pp)]
+    return max(sum(len(pipeline.layout.layers(stage)) for stage in stages) for stages in ranks)
 
 
 def misplaced(run: PlanConfig, model: Model, sizes: dict[str, int]) -> str | None:

@@ -22,7 +22,7 @@ def to_text(plan: Estimate) -> str:
         f"a step of {plan.batch[0]} x {plan.batch[1]} tokens in {plan.microbatches} microbatch(es), remat {plan.remat}, "
         f"{plan.dtype}, pipeline {plan.schedule}",
     ]
-    memory = [["memory of a rank", "GB"], *([kind, f"{n / 1e9:,.2f}"] for kind, n in plan.memory.items())]
+    memory = [["memory of a rank, eager", "GB"], *([kind, f"{n / 1e9:,.2f}"] for kind, n in plan.memory.items())]
     memory.append(["device", f"{plan.device_memory / 1e9:,.2f}"])
     axes = [["axis", "link", "ranks", "collectives", "GB sent", "seconds", "not hidden", "FLOP/byte", "link's ridge"]]
     for axis, use in plan.axes.items():

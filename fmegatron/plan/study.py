@@ -10,6 +10,7 @@ from fmegatron.data.batches import NAMES
 from fmegatron.models import Model
 from fmegatron.optim import Transform
 from fmegatron.plan.config import PlanConfig
+from fmegatron.plan.legal import fullest
 from fmegatron.plan.memory import memory_of
 from fmegatron.plan.seconds import per_microbatch
 from fmegatron.plan.work import Work, evenly_loaded, first_layers, work_of
@@ -45,7 +46,7 @@ class Study:
 def study(run: PlanConfig, model: Model) -> Study:
     """Study a run whose mesh is complete and legal (`legal.check`). Raises ValueError as `explain` does.
 
-    Layers that do not divide over the stages are those of the fullest stage.
+    Layers are those of the fullest rank, by the run's pipeline.layout or evenly.
     """
     t, stages, m = run.training, run.mesh.pp, run.training.microbatches
     sizes = {axis: n for axis, n in run.mesh.sizes.items() if n > 1}
@@ -64,7 +65,7 @@ def study(run: PlanConfig, model: Model) -> Study:
     flops, whole = flops_of(model, rows[1], rows[0])
     model = evenly_loaded(model)
     work = work_of(model, sh, tx_of, batch=rows, microbatches=m, donate=t.donate, **shared)
-    layers = -(-sum(node.is_layer for node in model.chain) // stages)
+    layers = fullest(run, model)
     stage = first_layers(model, layers)
     one, two = (
         explain(stage, sh, tx=tx_of(stage), batch=(rows[0] // m * k, rows[1]), microbatches=k, **shared) for k in (1, 2)

@@ -70,6 +70,23 @@ def test_a_process_holds_what_its_rank_holds_on_a_virtual_mesh(sizes, name):
                 assert torch.equal(value, whole[key])
 
 
+@pytest.mark.parametrize("sizes", [{"cp": 4}, {"dp": 2, "cp": 2}, {"cp": 2, "tp": 2}])
+def test_under_zigzag_each_rank_gets_a_chunk_of_the_head_and_one_of_the_tail(sizes):
+    """By hand: rank r of n along cp holds chunks r and 2 n - 1 - r of every row; under tp half of those."""
+    n, chunk = sizes["cp"], SEQ // (2 * sizes["cp"])
+    stacked = next(batches(Counting(), 4, ahead=0, **reading(Sharding(virtual_mesh(**sizes), RULES["cp_ring"]))))
+    for rank in range(abstract_mesh(**sizes).size):
+        at = abstract_mesh(**sizes).coordinates(rank)
+        sh = Sharding(replace(abstract_mesh(**sizes), rank=rank, device="cpu"), RULES["cp_ring"])
+        mine = next(batches(Counting(), 4, ahead=0, **reading(sh)))
+        assert all(torch.equal(value, stacked[key][rank]) for key, value in mine.items())
+        places = [c * chunk + i for c in (at["cp"], 2 * n - 1 - at["cp"]) for i in range(chunk)]
+        share = len(places) // sizes.get("tp", 1)
+        places = torch.tensor(places[share * at.get("tp", 0) :][:share])
+        rows = torch.tensor(own_rows(sh, 4))
+        assert torch.equal(mine["tokens"], 100 * rows[:, None] + places)
+
+
 def test_what_does_not_divide_is_said():
     sh = Sharding(replace(abstract_mesh(dp=4), rank=1), RULES["ddp"])
     with pytest.raises(ValueError, match="6 samples does not divide over 4 data-parallel ranks: use 4 or 8"):

@@ -43,9 +43,9 @@ MORE = [
 ]
 
 
-def torchrun(cases, timeout):
+def torchrun(cases, timeout, processes=4):
     """Run cases on processes of their own; AssertionError with the output where one of them dies."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, str(RANKS), *cases], capture_output=True, text=True, timeout=timeout, env=environment)
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -72,6 +72,12 @@ def test_compiled():
 @pytest.mark.parametrize("case", MORE)
 def test_more_compiled(case):
     torchrun([case], 900)
+
+
+@pytest.mark.long
+@compiles
+def test_a_ring_compiled():
+    torchrun(["cp_ring cp=2 compile=1 layers=1", "cp_ring cp=2 compile=1"], 500, processes=2)
 
 
 @pytest.mark.long

@@ -166,3 +166,13 @@ def test_a_pipeline_holds_its_stage_and_what_is_under_way():
     assert at(2, pipeline={"schedule": "gpipe"}).memory_bytes > two.memory_bytes
     halved = at(2, pipeline={"schedule": "interleaved_1f1b", "virtual": 2})
     assert halved.bubble == pytest.approx(two.bubble / 2)
+
+
+def test_a_layout_says_which_rank_is_fullest():
+    shared = {"model": {"overrides": {"layers": 4, "vocab": 64}}, "mesh": {"pp": 2},
+              "training": {"remat": "none", "global_batch": 4, "microbatches": 4}}  # fmt: skip
+    even, uneven = planned("llama3-debug", **shared), planned("llama3-debug", **shared, pipeline={"layout": "Et|tttL"})
+    assert 1.2 < uneven.memory["parameters"] / even.memory["parameters"] < 1.5  # three layers and the head, not two
+    assert uneven.step_seconds > even.step_seconds
+    with pytest.raises(ValueError, match="pipeline: layout"):
+        planned("llama3-debug", **shared, pipeline={"layout": "Ett|tttL"})
