@@ -40,6 +40,11 @@ class Lowered:
     history: Tensor | None = None
     site: str = ""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's, in which the product is given."""
+        return self.tensor.dtype
+
     def product(self, sh: Sharding, plan: Product, x: Tensor) -> Tensor:
         """The local product with x, as `plan` names the dims. Raises ValueError where blocks do not divide them."""
         form = plan.matmul
