@@ -8,10 +8,14 @@ import pytest
 import torch
 from runs import digest, joined, same_run, start, train
 
-MESHES = [{}, {"mesh": {"virtual": True, "dp": 2, "tp": 2}}, {"mesh": {"virtual": True, "threads": True, "dp": 2}}]
+MESHES = [
+    pytest.param({}, id="one device"),
+    pytest.param({"mesh": {"virtual": True, "dp": 2, "tp": 2}}, id="virtual", marks=pytest.mark.long),
+    pytest.param({"mesh": {"virtual": True, "threads": True, "dp": 2}}, id="threads"),
+]
 
 
-@pytest.mark.parametrize("groups", MESHES, ids=["one device", "virtual", "threads"])
+@pytest.mark.parametrize("groups", MESHES)
 def test_runs_and_processes_give_the_same_bits(groups, tmp_path):
     overrides = {"layers": 1, "embed": 16, "heads": 2, "kv": 2, "mlp": 16, "vocab": 32, "context": 16, "hidden_dropout": 0.2}
     groups = {"training": {"steps": 6}, "model": {"overrides": overrides}} | groups
