@@ -176,14 +176,9 @@ class _Lean(torch.autograd.Function):
         d_scale, d = torch.zeros_like(scale), {"down": _like(p["down"], groups)}
         for e, here in _slices(groups):
             ct = cotangent.index_select(0, token[here])
-            inner = [kept[name][here].detach().requires_grad_() for name in reads]
-            with torch.enable_grad():
-                h = mlp.hidden(kind, inner[0] if kind.gated else None, inner[-1])
-            d_h = ct @ p["down"][e].t()
-            d_scale[here] = torch.einsum("nf,nf->n", d_h, h.detach())
-            torch.mm(h.detach().t(), ct.mul_(scale[here, None]), out=d["down"][e])
-            for name, found in zip(reads, torch.autograd.grad(h, inner, d_h.mul_(scale[here, None])), strict=True):
-                kept[name][here] = found
+            inner = {name: y[here] for name, y in kept.items()}
+            d_scale[here] = _through_activation(kind, inner, p["down"][e], ct, scale[here], d["down"][e])
+            del inner  # it holds what is to go
         d_x = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
         for name in reads:
             d_y, d[name] = kept.pop(name), _like(p[name], groups)
@@ -195,6 +190,19 @@ class _Lean(torch.autograd.Function):
                 d_x.index_add_(0, token[here], (d_y[here] @ p[name][e].t()).to(d_x.dtype))
             del d_y
         return None, None, None, None, d_x.to(x.dtype), d_scale, *(d[name] for name in names)
+
+
+def _through_activation(kind: Mlp, inner: dict[str, Tensor], down: Tensor, ct: Tensor, scale: Tensor, d_down: Tensor) -> Tensor:
+    """Of one expert's rows: gradients over what the activation read, that of `down` into its place; returns that of scale."""
+    reads = [y.detach().requires_grad_() for y in inner.values()]
+    with torch.enable_grad():
+        h = mlp.hidden(kind, reads[0] if kind.gated else None, reads[-1])
+    d_h = ct @ down.t()
+    d_scale = torch.einsum("nf,nf->n", d_h, h.detach())
+    torch.mm(h.detach().t(), ct.mul_(scale[:, None]), out=d_down)
+    for y, found in zip(inner.values(), torch.autograd.grad(h, reads, d_h.mul_(scale[:, None])), strict=True):
+        y.copy_(found)
+    return d_scale
 
 
 def _like(w: Tensor, groups: Sequence[int]) -> Tensor:
