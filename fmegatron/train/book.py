@@ -33,15 +33,18 @@ class Past:
 
 
 class Reading:
-    """A step's 0-D numbers on their way to the host: one copy, and `values` waits for it and the step, not for what came after.
+    """A step's numbers on their way to the host: one copy, and `values` waits for it and the step, not for what came after.
 
-    Of numbers stacked over ranks the first is taken; what has more dims is left out.
+    stacked: numbers have a leading dim of ranks, of which the first is taken. Of a vector (the load of experts, say) the
+    largest element over the mean is told, as NAME/imbalance; what has more dims is left out.
     """
 
-    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
-        kept = {name: x for name, x in numbers.items() if x.dim() <= 1}
+    def __init__(self, numbers: Mapping[str, Tensor], stacked: bool = False) -> None:
+        first = {name: (x[0] if stacked and x.dim() else x).detach().double() for name, x in numbers.items()}
+        kept = {name: x for name, x in first.items() if x.dim() == 0}
+        kept |= {f"{name}/imbalance": x.amax() / x.mean() for name, x in first.items() if x.dim() == 1 and x.numel()}
         self.names, self.event = list(kept), None
-        self.packed = torch.stack([x.detach().flatten()[0].double() for x in kept.values()])
+        self.packed = torch.stack(list(kept.values()))
         if self.packed.is_cuda:
             host = torch.empty(self.packed.shape, dtype=self.packed.dtype, pin_memory=True)
             host.copy_(self.packed, non_blocking=True)
@@ -79,7 +82,7 @@ class Book:
         cuda = torch.device(mesh.device).type == "cuda"
         self.waits = cuda if late is None else late  # elsewhere a step is done when it returns
         self.peak = peak_flops(torch.cuda.get_device_name(), precision) if cuda else None
-        self.devices, self.stacked = 1 if mesh.stacked else mesh.size, int(mesh.stacked)
+        self.stacked, self.devices = mesh.stacked, 1 if mesh.stacked else mesh.size
         self.waiting: tuple[int, Reading, Clock | None] | None = None
         self.useful, self.started, self.skipped = past.useful, past.started or time.time(), past.skipped
         self.spent: dict[str, float] = {}
@@ -94,7 +97,7 @@ class Book:
 
     def add(self, step: int, numbers: Mapping[str, Tensor], clock: Clock | None = None, more: More | None = None) -> None:
         """Take the numbers of a step that was just started; write them when the next one has, where that saves a wait."""
-        reading = Reading({name: x for name, x in numbers.items() if x.dim() <= self.stacked})  # no vectors of heads, experts
+        reading = Reading(numbers, self.stacked)
         self.write()
         self.waiting = (step, reading, clock)
         if more is not None or not self.waits:

@@ -69,8 +69,15 @@ class Waits(TorchDispatchMode):
 
 def test_however_many_numbers_are_read_at_once():
     with Waits() as waits:
-        values = Reading({f"n{i}": torch.tensor(float(i)) for i in range(50)} | {"ranks": torch.tensor([7, 7])}).values()
-    assert waits.count == 0 and values == {f"n{i}": float(i) for i in range(50)} | {"ranks": 7.0}
+        values = Reading({f"n{i}": torch.tensor(float(i)) for i in range(50)}).values()
+    assert waits.count == 0 and values == {f"n{i}": float(i) for i in range(50)}
+
+
+def test_ranks_are_no_vector_and_of_a_vector_its_imbalance_is_told():
+    load = torch.tensor([1.0, 5.0, 0.0])
+    assert Reading({"loss": torch.tensor(7), "load": load}).values() == {"loss": 7.0, "load/imbalance": 2.5}
+    ranks = {"loss": torch.tensor([7, 7]), "load": torch.stack((load, load)), "wide": torch.ones(2, 3, 3)}
+    assert Reading(ranks, stacked=True).values() == {"loss": 7.0, "load/imbalance": 2.5}
 
 
 def test_goodput_is_the_time_of_steps_that_count():
