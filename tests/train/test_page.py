@@ -110,10 +110,11 @@ def test_lines_go_through_their_points(run):
 
 
 def test_many_points_are_thinned_and_keep_their_extremes():
-    points = [(i, math.sin(i) + (50.0 if i == 77_777 else 0.0)) for i in range(100_000)]
+    points = [(i, math.sin(i) + (50.0 if i == 77_777 else -50.0 if i == 33_333 else 0.0)) for i in range(100_000)]
     thin = page.thinned(points)
     assert len(thin) <= page.MOST and thin == sorted(set(thin)) and set(thin) <= set(points)
     assert thin[0] == points[0] and thin[-1] == points[-1] and max(y for _, y in thin) > 49
+    assert min(y for _, y in thin) < -49
     assert page.thinned(points[:2000]) == points[:2000]
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmegatron import optim, tree
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.models.model import run_chain
-from fmegatron.nn import watch
+from fmegatron.nn import core, watch
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
 from fmegatron.sharding.moments import described, merge, moments
 from fmegatron.testing import assert_trees_all_equal, variants
@@ -124,10 +124,12 @@ def test_moments_merge_in_any_grouping_far_from_zero():
 
 
 @pytest.mark.parametrize("more", [{}, {"window": 3}, {"attention_softcap": 2.0}, {"sink": "one"}], ids=str)
-def test_the_largest_logit_is_that_of_scores_written_out(more):
+def test_the_largest_logit_is_that_of_scores_written_out(more, monkeypatch):
+    monkeypatch.setattr(core, "PIECE", 3)  # of queries, so that there are several
     net = model(layers=1, positions="none", **more)
-    params, batch = net.init(1, torch.float64), next(iter(batches(1)))
-    batch["documents"] = torch.arange(8).div(3, rounding_mode="floor").expand(8, 8).clone()
+    params, batch = net.init(1, torch.float64), {"tokens": torch.randperm(21, generator=torch.Generator().manual_seed(19))[:16]}
+    batch["tokens"] = batch["tokens"].view(2, 8)  # each token once, so that each pair is seen once, or not at all
+    batch["documents"] = torch.arange(8).div(3, rounding_mode="floor").expand(2, 8).clone()
     params["layers"]["0"]["attn"]["q"] *= 30
     taps = net.loss(params, batch, sh=SINGLE.watching(frozenset({"attention"})))[1]["taps"]
     p, h = tree.map(lambda x: x[0], params["layers"]["0"]), params["embed"]["token"][batch["tokens"]]
@@ -138,6 +140,7 @@ def test_the_largest_logit_is_that_of_scores_written_out(more):
         s = 2.0 * torch.tanh(s / 2.0)
     back = torch.arange(8)[:, None] - torch.arange(8)[None]
     seen = (back >= 0) & (back < more.get("window", 99)) & (batch["documents"][0][:, None] == batch["documents"][0][None])
+    assert s.max() > s[:, :, seen].max() + 1e-6  # what is not seen would be larger
     assert float(taps["attention/01.max_logit"]) == pytest.approx(float(s[:, :, seen].max()), rel=1e-12)
 
 
@@ -215,6 +218,8 @@ def test_off_is_free_and_on_waits_for_nothing(settings, monkeypatch):
     off, on = ops(frozenset(), **settings), ops(ALL, **settings)
     assert [name for name in on if name.startswith(WAITS)] == [name for name in off if name.startswith(WAITS)] == []
     assert len(on) > len(off)
+    once = len(ops(ALL, microbatches=2)) - len(ops(frozenset(), microbatches=2))
+    assert len(on) - len(off) == once or not settings  # what is computed again is not watched again
     for name in ("activation", "max_logit"):
         monkeypatch.setattr(watch, name, lambda *args: None)
     assert ops(frozenset(), **settings) == off  # as if no block had a word on statistics
