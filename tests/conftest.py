@@ -28,7 +28,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "optim": 120,
     "data": 150,
     "train": 360,
-    "kernels": 90,
+    "kernels": 110,
     "inference": 60,
     "plan": 150,
     "properties": 120,
@@ -36,7 +36,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "faults": 60,
     "experiments": 150,
     "mutations": 60,
-    "benchmarks": 60,
+    "benchmarks": 80,
 })
 
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)

@@ -64,18 +64,17 @@ def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Value
     n, out = c.block_norm, {}
     narrow = p.get("attn_norm", p.get("attn_out_norm"))["weight"].dtype if c.fp32_residual else None  # what blocks compute in
 
-    def add(h: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
-        x = norm.apply(sh, n, p[f"{name}_norm"], h) if c.norm_at in ("pre", "peri") else h
+    def part(x: Tensor, name: str, site: int, block: Callable[[Tensor], Tensor]) -> Tensor:
         y = block(x if narrow is None else x.to(narrow))
         if c.norm_at in ("peri", "out"):
             y = norm.apply(sh, n, p[f"{name}_out_norm"], y)
         watch.activation(sh, name, y, STREAM)
         if key is not None and c.hidden_dropout:
             y = dropout.apply(sh, c.hidden_dropout, random.fold_in(key, site), y, v)
-        y = y if c.residual_multiplier == 1 else y * c.residual_multiplier
-        return norm.apply(sh, n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
+        return y if c.residual_multiplier == 1 else y * c.residual_multiplier
 
-    h = add(v["h"], "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
+    def add(h: Tensor, y: Tensor, name: str) -> Tensor:
+        return norm.apply(sh, n, p[f"{name}_norm"], h + y) if c.norm_at == "post" else h + y
 
     def forward(x: Tensor) -> Tensor:
         if m is None:
@@ -85,7 +84,14 @@ def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Value
         out.update({f"moe.{name}": v[f"moe.{name}"] + x if f"moe.{name}" in v else x for name, x in terms.items()})
         return y
 
-    h = add(h, "mlp", 1, forward)
+    h, before = v["h"], c.norm_at in ("pre", "peri")
+    x = norm.apply(sh, n, p["attn_norm"], h) if before else h
+    y = part(x, "attn", 0, lambda x: attention.apply(sh, a, p["attn"], x, v, key))
+    if before:
+        x, h = norm.after_add(sh, n, p["mlp_norm"], y, h)
+    else:
+        x = h = add(h, y, "attn")
+    h = add(h, part(x, "mlp", 1, forward), "mlp")
     watch.activation(sh, "h", h, STREAM)
     return {"h": h, **out}
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fmegatron.kernels.permute import permute, unpermute
 from fmegatron.sharding.collectives import AllGather, Op, Psum
 from fmegatron.sharding.named import offset
 from fmegatron.sharding.placement import Placement
@@ -104,20 +105,6 @@ def slots_of(index: Tensor, weight: Tensor, experts: int, slots: int, drop: Lite
     return torch.where(place < slots, index * slots + place, experts * slots)
 
 
-def permute(x: Tensor, slot: Tensor, n: int) -> Tensor:
-    """x [t, d] to its slots [t, k] among n, zeros where nothing goes: [n, d]."""
-    t, k = slot.shape
-    token = torch.arange(t, device=x.device)[:, None].expand(t, k).reshape(-1)
-    source = slot.new_full((n + 1,), t).scatter(0, slot.reshape(-1), token)
-    return torch.cat([x, torch.zeros_like(x[:1])]).index_select(0, source[:n])
-
-
-def unpermute(rows: Tensor, slot: Tensor, weight: Tensor) -> Tensor:
-    """Rows [n, d] back from slots [t, k], times weight [t, k] and added up: [t, d]. The transpose of `permute`, at weight 1."""
-    found = torch.cat([rows, torch.zeros_like(rows[:1])]).index_select(0, slot.reshape(-1)).unflatten(0, slot.shape)
-    return (found * weight[..., None].to(rows.dtype)).sum(1)
-
-
 def ways_of(sh: Sharding) -> Ways:
     """The ways under a sharding, planned once."""
     memo = sh.layout.memo
@@ -131,9 +118,9 @@ def padded(
     sh: Sharding, ways: Ways, x: Tensor, weight: Tensor, slot: Tensor, experts: int, slots: int, f: Static
 ) -> Tensor:
     """Through slots: x [t, d] at slot [t, k] of experts x slots, and back with weight [t, k]."""
-    rows = permute(x, slot, experts * slots).unflatten(0, (experts, slots))
+    rows = permute(x, slot, experts * slots, form=sh.kernels).unflatten(0, (experts, slots))
     y = run(f(run(rows, sh.rank, ways.rows)), sh.rank, back(ways.rows))
-    return run(unpermute(y.flatten(0, 1), slot, weight), sh.rank, ways.partial)
+    return run(unpermute(y.flatten(0, 1), slot, weight, form=sh.kernels), sh.rank, ways.partial)
 
 
 class Sorted(NamedTuple):
@@ -195,7 +182,7 @@ def ragged(
     y = f(rows, counts, torch.arange(len(counts), device=x.device).repeat_interleave(counts), None)
     for home in reversed(undo):
         y = home(y)
-    return run(unpermute(y, s.home, weight), rank, ways.partial)
+    return run(unpermute(y, s.home, weight, form=sh.kernels), rank, ways.partial)
 
 
 def gathered(
@@ -215,6 +202,6 @@ def gathered(
     else:
         t = len(chosen)
         slot = torch.where(inside, mine * t + torch.arange(t, device=x.device)[:, None], here * t)
-        rows = batched(permute(everything, slot, here * t).unflatten(0, (here, t)))
-        y = unpermute(rows.flatten(0, 1), slot, shares)
+        rows = batched(permute(everything, slot, here * t, form=sh.kernels).unflatten(0, (here, t)))
+        y = unpermute(rows.flatten(0, 1), slot, shares, form=sh.kernels)
     return run(run(y, rank, back(ways.tokens)), rank, ways.partial)

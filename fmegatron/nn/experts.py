@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fmegatron.kernels.launch import Form
 from fmegatron.nn import mlp
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param, bias
@@ -34,7 +35,7 @@ def declare(kind: Mlp, inner: Init, outer: Init, width: str = "embed") -> dict[s
     return weights
 
 
-def batched(kind: Mlp, p: Experts, rows: Tensor) -> Tensor:
+def batched(kind: Mlp, p: Experts, rows: Tensor, *, form: Form = "reference") -> Tensor:
     """[experts, slots, d] -> the same, by one batched product a projection; without the last bias."""
 
     def project(name: str) -> Tensor:
@@ -42,10 +43,13 @@ def batched(kind: Mlp, p: Experts, rows: Tensor) -> Tensor:
         return y + p[f"{name}_bias"][:, None] if kind.bias else y
 
     gate = project("gate") if kind.gated else None
-    return mlp.hidden(kind, gate, project("up")) @ p["down"]
+    return mlp.hidden(kind, gate, project("up"), form) @ p["down"]
 
 
-def grouped(kind: Mlp, p: Experts, rows: Tensor, counts: Tensor, expert: Tensor, scale: Tensor | None = None) -> Tensor:
+def grouped(
+    kind: Mlp, p: Experts, rows: Tensor, counts: Tensor, expert: Tensor, scale: Tensor | None = None,
+    *, form: Form = "reference",
+) -> Tensor:
     """[n, d] -> [n, d], rows sorted by expert; counts int64 [experts], expert int64 [n]: whose each row is; without the last
     bias. scale: [n], of what goes into the last product, hence of the result."""
 
@@ -54,6 +58,8 @@ def grouped(kind: Mlp, p: Experts, rows: Tensor, counts: Tensor, expert: Tensor,
         return y + p[f"{name}_bias"][expert] if kind.bias else y
 
     gate = project("gate") if kind.gated else None
+    if form == "triton":  # the scale is part of the kernel
+        return product(mlp.hidden(kind, gate, project("up"), form, scale), p["down"], counts)
     h = mlp.hidden(kind, gate, project("up"))
     return product(h if scale is None else h * scale[:, None].to(h.dtype), p["down"], counts)
 

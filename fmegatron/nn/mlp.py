@@ -56,12 +56,12 @@ def declare(mlp: Mlp, inner: Init, outer: Init, width: str = "mlp") -> dict[str,
     return weights
 
 
-def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor, form: Form = "reference") -> Tensor:
-    """What the last projection reads, of any shape; gate: of gated kinds."""
+def hidden(mlp: Mlp, gate: Tensor | None, up: Tensor, form: Form = "reference", weights: Tensor | None = None) -> Tensor:
+    """What the last projection reads, of any shape; gate: of gated kinds. weights [...]: factors of rows."""
     act = GATED.get(mlp.kind, mlp.kind)
     if gate is None:
-        return activation.activate(up, act=act, form=form)
-    return activation.glu(gate, up, act=act, clamp=mlp.limit, offset=mlp.offset, form=form)
+        return activation.activate(up, None, weights, act=act, form=form)
+    return activation.glu(gate, up, None, None, weights, act=act, clamp=mlp.limit, offset=mlp.offset, form=form)
 
 
 def apply(sh: Sharding, mlp: Mlp, p: dict[str, Any], x: Tensor, width: str = "mlp") -> Tensor:

@@ -144,8 +144,9 @@ def routed(
             sh.tap("experts/{layer}.dropped", (index == e).unflatten(0, shape[:2]).double(), "batch seq top")
     width = "expert_latent" if moe.latent else "embed"
     table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}") if kind.bias else None
-    grouped, batched = partial(experts.grouped, kind, p), partial(experts.batched, kind, p)
-    lean = partial(experts.lean, kind, p) if x.device.type == "cpu" and not blind(x) else None
+    grouped, batched = (partial(fn, kind, p, form=sh.kernels) for fn in (experts.grouped, experts.batched))
+    plain = x.device.type == "cpu" and not blind(x) and sh.kernels == "reference"
+    lean = partial(experts.lean, kind, p) if plain else None
     if form == "local":
         y = dispatch.local(x, index, weight, e, grouped, lean, dropped)
     elif form == "ragged":

@@ -44,6 +44,22 @@ def apply(sh: Sharding, norm: Norm, p: dict[str, Any], x: Tensor) -> Tensor:
     return sh.remat("norm", lambda x, *weights: normalize(norm, dict(zip(p, weights, strict=True)), x, form), x, *p.values())
 
 
+def after_add(sh: Sharding, norm: Norm, p: dict[str, Any], y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(the norm of h + y, h + y) over the last dim, by one kernel where the form is one and dtypes are alike."""
+    if sh.kernels == "reference" or y.dtype != h.dtype:
+        h = h + y
+        return apply(sh, norm, p, h), h
+    kind: Literal["rms", "layer"] = "layer" if norm.kind == "layer" else "rms"
+
+    def both(y: Tensor, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        own = dict(zip(p, weights, strict=True))
+        options: dict[str, Any] = {"kind": kind, "eps": norm.eps, "centred": norm.centred, "form": sh.kernels}
+        return kernel.add_norm(y, h, own.get("weight"), own.get("bias"), **options)
+
+    x, total = sh.remat("norm", both, y, h, *p.values())
+    return x, total
+
+
 def normalize(norm: Norm, p: dict[str, Any], x: Tensor, form: Form = "reference") -> Tensor:
     """The norm itself."""
     kind: Literal["rms", "layer"] = "layer" if norm.kind == "layer" else "rms"

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-SOME = ("rms", "rope", "cross_entropy", "grouped_matmul")
+SOME = ("rms", "grouped_matmul")
 
 
 def compiled(tmp_path, *names):
@@ -23,7 +23,7 @@ def compiled(tmp_path, *names):
 
 
 def test_some(tmp_path):
-    assert len(compiled(tmp_path, *SOME)) >= 8
+    assert len(compiled(tmp_path, *SOME)) >= 4
 
 
 @pytest.mark.long

@@ -24,7 +24,8 @@ def errors(got, want):
 
 
 @every
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16,
+                                   pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
 def test_equals_the_fp64_reference(case: Case, dtype):
     inputs = case.draw(7, dtype)
     exact = [x.double() if i in case.moving(inputs) else x for i, x in enumerate(inputs)]
@@ -52,7 +53,7 @@ def test_strides_do_not_matter(case: Case):
 
 
 @every
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.long)])
 def test_what_is_not_finite_stays_in_its_row(case: Case, value):
     """A row with it is what the reference makes of it, up to which of NaN and inf; the other rows are as without it."""
     inputs = case.draw(5, torch.float32)

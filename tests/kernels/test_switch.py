@@ -9,6 +9,7 @@ from fmegatron import optim
 from fmegatron.kernels import norm
 from fmegatron.kernels.launch import choose
 from fmegatron.models.gpt import Config, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing import assert_trees_all_close
 from fmegatron.testing.invariance import NAMES, whole_leaves
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
 SMALL = {"embed": 16, "heads": 4, "kv": 2, "mlp": 12, "vocab": 21, "vocab_pad": 8}
 LLAMA = {"layers": 1, "rope_fraction": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 3.0, "qk_norm": "norm"}
 GPT2 = {"layers": 1, "positions": "learned", "context": 8, "norm": "layer", "activation": "gelu_tanh", "mlp_bias": True}
+EXPERTS = {"layers": 1, "moe": Moe(experts=4, top_k=2)}
 
 
 def test_what_auto_means(monkeypatch):
@@ -44,11 +46,11 @@ def trained(config, sh, **settings):
     return whole_leaves(plan, state.params, "storage"), float(metrics["loss"].flatten()[0])
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2, EXPERTS], ids=["llama", "gpt2", "experts"])
 def test_a_step_of_a_model(config):
     """One device, and ranks whose vocabulary is cut into pieces, the last of pads alone."""
     want = trained(config, SINGLE)
-    meshes = [SINGLE] + [Sharding(virtual_mesh(tp=2), RULES["fsdp_tp_sp"])] * (config is LLAMA)
+    meshes = [SINGLE] + [Sharding(virtual_mesh(tp=2), RULES["fsdp_tp_sp"])] * (config is not GPT2)
     for sh in meshes:
         assert_trees_all_close(trained(config, sh, kernels="triton"), want, 1e-12)
 

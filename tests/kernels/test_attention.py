@@ -1,0 +1,93 @@
+"""Each way to attention against the definition; flex_attention runs on CPU forward only, varlen_attn not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE
+
+from fmegatron.kernels import attention
+from fmegatron.kernels.attention import Seen
+from fmegatron.nn import core
+from fmegatron.nn.attention import Attention
+
+B, S, H, KV, HD = 2, 21, 4, 2, 16
+DOCUMENT = torch.tensor([[0] * 8 + [1] * 13, [5] * 1 + [3] * 19 + [4]], device=DEVICE)
+PLACE = torch.stack((torch.arange(S), torch.arange(S).flip(0))).to(DEVICE)
+PATTERNS = {"causal": Seen(), "everything": Seen(causal=False), "window": Seen(window=5), "both sides": Seen(False, 4),
+            "documents": Seen(document=DOCUMENT), "documents, window": Seen(window=3, document=DOCUMENT),
+            "any order": Seen(window=6, place=PLACE, document=DOCUMENT)}
+
+
+def draw():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, S, h, HD, dtype=torch.float64, device=DEVICE) for h in (H, KV, KV))
+    return q, k, v, torch.randn(H, dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dense_is_the_models_core(pattern):
+    q, k, v, sink = draw()
+    seen = PATTERNS[pattern]
+    attn = Attention(scale=0.3, causal=seen.causal, softcap=2.0, sink="learned")
+    want = core.attend(attn, q, k, v, seen.mask(S, q.device), sink)
+    torch.testing.assert_close(attention.attend(q, k, v, seen, scale=0.3, softcap=2.0, sink=sink, by="dense"), want)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # it is what runs on CPU
+@pytest.mark.parametrize("pattern, capped", [*((name, True) for name in PATTERNS), ("any order", False)])
+def test_flex(pattern, capped):
+    q, k, v, sink = (x.float() for x in draw())
+    options = {"scale": 0.3, "softcap": 2.0 if capped else None, "sink": sink if capped else None}
+    got, want = (attention.attend(q, k, v, PATTERNS[pattern], by=by, **options) for by in ("flex", "dense"))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "everything"])
+def test_sdpa(pattern):
+    q, k, v, _ = draw()
+    got, want = (attention.attend(q, k, v, PATTERNS[pattern], scale=0.3, by=by) for by in ("sdpa", "dense"))
+    torch.testing.assert_close(got, want)
+
+
+def by_document(q, k, v, offsets, offsets_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
+    """What torch says of varlen_attn: each document alone, queries see `window_size` keys to either side, -1 is all."""
+    assert torch.equal(offsets, offsets_k) and offsets.dtype == torch.int32
+    assert longest == longest_k == int(offsets.diff().max())
+    out = torch.empty_like(q)
+    for a, b in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        ahead = torch.arange(b - a)[None] - torch.arange(b - a)[:, None]
+        left, right = (n if n >= 0 else b - a for n in window_size)
+        mask = (ahead <= right) & (ahead >= -left)
+        parts = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+        options = {"attn_mask": mask.to(q.device), "scale": scale, "enable_gqa": enable_gqa}
+        y = torch.nn.functional.scaled_dot_product_attention(*parts, **options)
+        out[a:b] = y[0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "any order"])
+def test_varlen_is_asked_the_right_question(pattern):
+    q, k, v, _ = draw()
+    got = attention.varlen(q, k, v, PATTERNS[pattern], 0.3, by_document)
+    torch.testing.assert_close(got, attention.attend(q, k, v, PATTERNS[pattern], scale=0.3, by="dense"))
+
+
+def test_the_choice():
+    q = torch.zeros(1, 4, 2, 64)
+    assert attention.choose(q, Seen(), None, None) == "sdpa"
+    assert attention.choose(q, Seen(window=2), None, None) == attention.choose(q, Seen(), 3.0, None) == "dense"  # on CPU
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_choice_on_a_gpu(pattern):
+    """Forward and backward of what is chosen, in bf16, against fp64."""
+    results = {}
+    for name, dtype in (("dense", torch.float64), (None, torch.bfloat16)):
+        q, k, v, _ = (x.to(dtype).requires_grad_() for x in draw())
+        y = attention.attend(q, k, v, PATTERNS[pattern], scale=0.3, by=name)
+        torch.manual_seed(1)
+        results[name] = [y, *torch.autograd.grad(y, (q, k, v), torch.randn(y.shape, device=DEVICE).to(dtype))]
+    for a, b in zip(results[None], results["dense"], strict=True):
+        assert float((a.double() - b).abs().max() / b.abs().max()) < 3e-2
