@@ -57,17 +57,18 @@ def picture(records: Sequence[Record], path: str | Path) -> Path | None:
     figure = Figure(figsize=(9, 1.5 + 0.12 * len(names)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    image = left.imshow(grid.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    steps, rows = [record["step"] for record in kept], len(names) - 0.5
+    look = {"aspect": "auto", "cmap": "RdBu_r", "vmin": 0, "vmax": 2, "interpolation": "nearest"}
+    image = left.imshow(grid.numpy(), extent=(steps[0] - 0.5, steps[-1] + 0.5, rows, -0.5), **look)
     per = len(names) // len(layers)
     left.set_yticks([per * i + (per - 1) / 2 for i in range(len(layers))], [f"layer {int(layer)}" for layer in layers])
     for i in range(1, len(layers)):
         left.axhline(per * i - 0.5, color="black", linewidth=0.6)
     left.set(xlabel="step", title="load of each expert over the mean")
     figure.colorbar(image, ax=left)
-    steps = [record["step"] for record in kept]
     for layer in layers:
         right.plot(steps, [record[f"experts/{layer}.max_violation"] for record in kept], label=f"layer {int(layer)}")
-    right.set(xlabel="step", title="largest load over the mean, less one", ylim=(0, None))
+    right.set(xlabel="step", title="largest load, less one", ylim=(0, None))
     right.legend(frameon=False, fontsize=7)
     figure.savefig(path)
     return Path(path)

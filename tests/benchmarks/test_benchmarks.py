@@ -43,6 +43,14 @@ def test_monitors_run():
     assert done.stdout.startswith("default      / bare") and "activations" in done.stdout
 
 
+@pytest.mark.long
+def test_moe_runs():
+    words = [sys.executable, str(BENCHMARKS / "moe.py"), "--rounds", "1", "--tokens", "64"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loop over experts") == 2
+
+
 def test_a_ratio_is_of_rounds_and_its_interval_holds_it():
     ratio = load("report").ratio
     theirs = np.random.default_rng(0).uniform(1, 10, 20)  # the machine's speed drifts tenfold; the ratio does not
