@@ -102,7 +102,7 @@ def experts_by_the_wrong_rank(patch):
 def weights_forgotten(patch):
     """Results of a token's experts are added up without their weights."""
     right = dispatch.unpermute
-    patch.setattr(dispatch, "unpermute", lambda rows, slot, weight: right(rows, slot, torch.ones_like(weight)))
+    patch.setattr(dispatch, "unpermute", lambda rows, slot, weight, **form: right(rows, slot, torch.ones_like(weight), **form))
 
 
 BUGS = [  # bug, what must see it, what it says
