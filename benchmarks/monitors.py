@@ -26,7 +26,7 @@ from report import ratio  # noqa: E402
 
 from fmegatron import models, optim  # noqa: E402
 from fmegatron.config import RunConfig  # noqa: E402
-from fmegatron.config_monitors import Monitors  # noqa: E402
+from fmegatron.config.monitors import Monitors  # noqa: E402
 from fmegatron.sharding import SINGLE  # noqa: E402
 from fmegatron.train.book import Book  # noqa: E402
 from fmegatron.train.meter import KINDS, Meter  # noqa: E402

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LINES = 300
 FLOORS = [  # a module imports from floors below its own, and inside its own folder
     {"tree", "toml", "files", "tensorfile"},
-    {"config_batch", "config_precision", "config_faults", "config_semisync", "config_monitors", "config_fp8"},
     {"config"}, {"sharding", "kernels"}, {"random", "transforms"}, {"split"}, {"nn"},
     {"models", "optim", "data"}, {"train"}, {"inference", "rl", "plan"}, {"testing", "cli"}, {"__main__", "__init__"}]
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fmegatron.config_monitors import Monitors
+from fmegatron.config.monitors import Monitors
 from fmegatron.train.clock import Clock
 
 KINDS = ("norms", "optimizer", "activations", "attention")

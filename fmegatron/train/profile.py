@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from fmegatron.config_monitors import Profile
+from fmegatron.config.monitors import Profile
 from fmegatron.sharding import Mesh
 
 

@@ -9,7 +9,7 @@ import torch
 from runs import curve, digest, same_run, train
 
 from fmegatron import optim, tree
-from fmegatron.config_faults import Faults
+from fmegatron.config.faults import Faults
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import SINGLE
 from fmegatron.toml import ConfigError

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
-from fmegatron.config_faults import Faults
+from fmegatron.config.faults import Faults
 from fmegatron.train.faults.watch import Suspect, Watch
 from fmegatron.train.state import TrainState
 from fmegatron.train.step import Limits, Metrics

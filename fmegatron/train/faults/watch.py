@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fmegatron.config_faults import Faults
+from fmegatron.config.faults import Faults
 from fmegatron.toml import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""Keys of [training] about batches that grow; config.py makes a group of them."""
+"""Keys of [training] about batches that grow; config/__init__.py makes a group of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of [fp8]: which products are computed in few bits, and how; config.py makes a group of them."""
+"""Keys of [fp8]: which products are computed in few bits, and how; config/__init__.py makes a group of them."""
 
 from __future__ import annotations
 

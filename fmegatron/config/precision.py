@@ -1,4 +1,4 @@
-"""Keys of [training] and [optimizer] about precision, clipping and what is skipped; config.py makes groups of them."""
+"""Keys of [training] and [optimizer] about precision, clipping and what is skipped; config/__init__.py makes groups of them."""
 
 from __future__ import annotations
 

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fmegatron import config_batch, config_precision, toml
-from fmegatron.config_faults import Faults, Local
-from fmegatron.config_fp8 import Fp8
-from fmegatron.config_monitors import Log, Monitors, Profile, Validation
-from fmegatron.config_semisync import SemiSync
+from fmegatron import toml
+from fmegatron.config.batch import BatchSizes
+from fmegatron.config.faults import Faults, Local
+from fmegatron.config.fp8 import Fp8
+from fmegatron.config.monitors import Log, Monitors, Profile, Validation
+from fmegatron.config.precision import Moments, Precision
+from fmegatron.config.semisync import SemiSync
 from fmegatron.toml import ConfigError as ConfigError
 from fmegatron.toml import option
 
-SHIPPED = Path(__file__).parent / "configs"
+SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Streaming:
 
 
 @dataclass(frozen=True)
-class Training(config_batch.BatchSizes, config_precision.Precision):
+class Training(BatchSizes, Precision):
     """How long, in what precision, with what memory."""
 
     steps: int = option(1000, "steps in all; a skipped one counts too", at_least=0)
@@ -128,7 +130,7 @@ class Training(config_batch.BatchSizes, config_precision.Precision):
 
 
 @dataclass(frozen=True)
-class Optimizer(config_precision.Moments):
+class Optimizer(Moments):
     """The rule of the update and its schedule."""
 
     name: str = option("adamw", "see docs/optimizers.md, or your.module:function, called with the learning rate and arguments")
