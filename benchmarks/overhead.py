@@ -65,8 +65,8 @@ def contestants() -> dict[str, Callable[[], Tensor]]:
     single = SINGLE.bind(CONFIG.sizes)
     return {
         "none": lambda: by_hand(p, h, cos, sin),
-        "single": lambda: layer(CONFIG, attn, single, p, values, None)["h"],
-        "mesh": lambda: layer(CONFIG, attn, mesh, p, values, None)["h"],
+        "single": lambda: layer(CONFIG, attn, None, single, p, values, None)["h"],
+        "mesh": lambda: layer(CONFIG, attn, None, mesh, p, values, None)["h"],
     }
 
 

@@ -57,9 +57,10 @@ def test_a_run(corpus, tmp_path):
 
     words = ["train", "debug", "--run.dir", str(tmp_path), "--data.tokenizer", "byte", "--data.seq", "32",
              "--model.overrides.vocab", "257", "--training.steps", "2", "--data.workers", "2", "--log.prompt", ""]  # fmt: skip
+    more = ["--training.compile", "false", "--training.global_batch", "4"]
     file = tmp_path / "mix.toml"
     file.write_text(toml.dumps(table(corpus, mixture=stages(corpus))))
-    assert cli.main([*words[:1], str(file), *words[2:], "--training.global_batch", "4", "--model.preset", "llama3:debug"]) == 0
+    assert cli.main([*words[:1], str(file), *words[2:], *more, "--model.preset", "llama3:debug"]) == 0
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

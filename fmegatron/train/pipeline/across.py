@@ -92,8 +92,10 @@ def everywhere(
     some = next(iter(counts.values()))
     losses = {f"loss.{term}": losses.get(f"loss.{term}", torch.zeros_like(some)) for term in counts}
     if ("taps", watch) not in placed.memo:
-        names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, sorted((name, tuple(x.shape)) for name, x in taps.items()))
+        own = sorted((name, tuple(x.shape)) for name, x in taps.items())
+        names: list[Any] = [own] * (dist.get_world_size() if dist.is_initialized() else 1)  # a rehearsal has no peers
+        if dist.is_initialized():
+            dist.all_gather_object(names, own)
         placed.memo["taps", watch] = sorted({pair for found in names for pair in found})
     every = placed.memo["taps", watch]
     return losses, {name: taps[name] if name in taps else nothing(name, shape, some) for name, shape in every}
