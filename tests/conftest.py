@@ -30,7 +30,7 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "train": 440,
     "kernels": 110,
     "inference": 60,
-    "plan": 150,
+    "plan": 200,
     "properties": 120,
     "distributed": 300,
     "faults": 90,
