@@ -27,6 +27,7 @@ from report import ratio  # noqa: E402
 from fmegatron import models, optim  # noqa: E402
 from fmegatron.config import RunConfig  # noqa: E402
 from fmegatron.config.monitors import Monitors  # noqa: E402
+from fmegatron.optim.batch_size import BatchSizes  # noqa: E402
 from fmegatron.sharding import SINGLE  # noqa: E402
 from fmegatron.train.book import Book  # noqa: E402
 from fmegatron.train.meter import KINDS, Meter  # noqa: E402
@@ -58,7 +59,8 @@ def contestants(folder: Path, compile: bool) -> dict[str, Callable[[], None]]:
     def monitored(name: str, monitors: Monitors) -> Callable[[], None]:
         held, number = [init(model, tx, SINGLE)], [0]
         meter, writer = Meter(monitors, step, "cpu"), JsonLines(folder / f"{name}.jsonl")
-        settings = {"batch": BATCH, "seq": SEQ, "flops": 1e9, "numbers": numbers_of(RunConfig()), "precision": "fp32"}
+        sizes = BatchSizes(((0, BATCH),))
+        settings = {"sizes": sizes, "seq": SEQ, "flops": 1e9, "numbers": numbers_of(RunConfig()), "precision": "fp32"}
         book = Book([writer], SINGLE.mesh, **settings)
 
         def run() -> None:
