@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from fmegatron.sharding.mesh import Axis, Mesh, with_transports
-from fmegatron.sharding.transports import Splits, Transport
+from fmegatron.sharding.transports import Around, Splits, Transport
 
 
 class Event(NamedTuple):
@@ -141,17 +141,11 @@ def counted(mesh: Mesh) -> tuple[Mesh, Traffic]:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Around):
     """Another transport, reporting each collective that communicates. pick, spread and keep_first do not."""
 
-    inner: Transport
     traffic: Traffic = field(compare=False, repr=False)
     mesh: Mesh = field(compare=False, repr=False)
-
-    @property
-    def background(self) -> bool:
-        """As the inner transport."""
-        return self.inner.background
 
     def _report(self, name: str, axis: Axis, rank: Tensor, payload: Tensor, ranks_at: int, result: Tensor) -> Tensor:
         """Note a collective; on a virtual mesh the payload has the ranks on dim `ranks_at`."""
@@ -178,15 +172,6 @@ class Counted:
 
     def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
         return self._report("all_to_all", axis, rank, x, 0, self.inner.exchange(x, axis, rank, send, receive))
-
-    def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.pick(blocks, axis, rank)
-
-    def spread(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.spread(x, axis, rank)
-
-    def keep_first(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.keep_first(x, axis, rank)
 
     def wait(self, x: Tensor) -> Tensor:
         self.traffic.wait(x)

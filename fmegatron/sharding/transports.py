@@ -57,6 +57,27 @@ class Even:
         raise ValueError(f"rows along axis {axis.name!r} are all of one number on this mesh: use dispatch 'padded' or 'gather'")
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a transport around another starts from: what does not communicate is the other's."""
+
+    inner: Transport
+
+    @property
+    def background(self) -> bool:
+        """As the inner transport."""
+        return self.inner.background
+
+    def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
+        return self.inner.pick(blocks, axis, rank)
+
+    def spread(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
+        return self.inner.spread(x, axis, rank)
+
+    def keep_first(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
+        return self.inner.keep_first(x, axis, rank)
+
+
 class OneRank(Even):
     """The primitives without communication, for transports on which a rank sees only its own values."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmegatron.sharding import Mesh
 from fmegatron.sharding.mesh import Axis, with_transports
-from fmegatron.sharding.transports import Splits, Transport
+from fmegatron.sharding.transports import Around, Splits, Transport
 
 KEPT = 8  # launches told in a report
 PENDING = 1024  # results that may be waited for
@@ -94,16 +94,10 @@ def noted(mesh: Mesh) -> tuple[Mesh, Launches]:
 
 
 @dataclass(frozen=True)
-class Noted:
+class Noted(Around):
     """Another transport, noting each collective that communicates."""
 
-    inner: Transport
     launches: Launches = field(compare=False, repr=False)
-
-    @property
-    def background(self) -> bool:
-        """As the inner transport."""
-        return self.inner.background
 
     def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor:
         return self.launches.issue("all_reduce", axis.name, x, self.inner.all_reduce(x, axis, rank, op))
@@ -122,15 +116,6 @@ class Noted:
 
     def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
         return self.launches.issue("all_to_all", axis.name, x, self.inner.exchange(x, axis, rank, send, receive))
-
-    def pick(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.pick(blocks, axis, rank)
-
-    def spread(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.spread(x, axis, rank)
-
-    def keep_first(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        return self.inner.keep_first(x, axis, rank)
 
     def wait(self, x: Tensor) -> Tensor:
         return self.launches.wait(x, self.inner)
