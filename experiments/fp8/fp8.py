@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 
 from fmegatron import config, toml
+from fmegatron.train import metrics
 from fmegatron.train.loop import run
 
 BASE = {
@@ -44,7 +45,7 @@ def settings(name: str, steps: int, folder: Path) -> config.RunConfig:
 
 def losses(folder: Path) -> tuple[list[float], float]:
     """Training losses by step, and the last held-out loss."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics.read(folder / "metrics.jsonl")
     return [record["loss"] for record in records], records[-1]["heldout_loss"]
 
 

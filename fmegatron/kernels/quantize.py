@@ -137,6 +137,11 @@ class Quantized(NamedTuple):
         (high, _, wide, _), (rows, inner) = self.scales.shape, self.values.shape
         return (self.values.reshape(high, rows // high, wide, inner // wide) * self.scales).reshape(rows, inner)
 
+    @property
+    def mT(self) -> Quantized:
+        """The same of the tensor transposed."""
+        return Quantized(self.values.mT, self.scales.permute(2, 3, 0, 1))
+
 
 def largest(x: Tensor, scaling: Scaling, rows: Across = same, inner: Across = same) -> Tensor:
     """The largest size of each block of x [rows, inner]: [blocks of rows, 1, blocks of inner, 1], at least fp32.

@@ -71,9 +71,11 @@ class Lowered:
 
     def _check(self, sh: Sharding, names: tuple[tuple[str, ...], ...], sizes: tuple[int, ...]) -> None:
         block = self.recipe.operand.inner
-        for which, size in zip(names, sizes, strict=True) if block is not None else ():
+        if block is None:
+            return
+        for which, size in zip(names, sizes, strict=True):
             part = size // 2 if which[-1] == "seq" and sh.zigzag > 1 else size
-            if part % block:  # type: ignore[operator]
+            if part % block:
                 raise ValueError(
                     f"recipe {self.recipe.name} has a scale for each block of {block}: {which[-1]} of {part} on a rank does "
                     f"not divide into them, choose multiples of {block} or a recipe without blocks (tensorwise, rowwise)"
@@ -127,7 +129,8 @@ class _Linear(torch.autograd.Function):
         b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns, top_w)
         dx = multiply(g, b)
         if r.wgrad:
-            g = _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
+            one = r.operand.rows == r.operand.inner  # a scale that does not ask along what is summed
+            g = g.mT if one else _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
             a = _quantize(x.mT, r.format, r.operand, rank, on.inner, on.tokens, top_x)
             dw = multiply(g, a)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.kernels.quantize import Recipe, recipe
 from fmegatron.models import Model
@@ -24,7 +26,7 @@ def _named(c: RunConfig, name: str) -> Recipe | None:
     f = c.fp8
     if name == "off":
         return None
-    delayed = {"history": f.history, "algorithm": f.algorithm} if name == "delayed" else {}
-    blocks = {"block": f.block} if name in ("blockwise", "mxfp8", "nvfp4") else {}
-    plain = {"format": f.format, "pow2": f.pow2} if name != "nvfp4" else {}
-    return recipe(name, margin=f.margin, wgrad=f.wgrad, **delayed, **blocks, **plain)  # type: ignore[arg-type]
+    own: dict[str, Any] = {"history": f.history, "algorithm": f.algorithm} if name == "delayed" else {}
+    own |= {"block": f.block} if name in ("blockwise", "mxfp8", "nvfp4") else {}
+    own |= {"format": f.format, "pow2": f.pow2} if name != "nvfp4" else {}
+    return recipe(name, margin=f.margin, wgrad=f.wgrad, **own)
