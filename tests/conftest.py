@@ -6,14 +6,18 @@ set) a suite over its budget fails the run, and so does a suite that states none
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import MappingProxyType
 from uuid import uuid4
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # of pieces.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; before anything imports torch
 if not os.path.exists("/proc/driver/nvidia"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on CPU tensors; read where triton is imported
@@ -42,6 +46,18 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.bin and train.idx: the bytes of 40 small functions."""
+    from fmegatron import data
+
+    folder = tmp_path_factory.mktemp("text")
+    documents = [json.dumps({"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * (1 + n % 3)}) for n in range(40)]
+    (folder / "train.jsonl").write_text("\n".join(documents))
+    data.tokenize([folder / "train.jsonl"], folder / "train", "byte", append_eod=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pieces import records_of
 
 from fmegatron import cli, data
 from fmegatron.train import checkpoint
@@ -48,7 +49,7 @@ def words(tmp_path):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records_of(folder)]
 
 
 def shape(folder, step):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pieces import records_of
 
-from fmegatron import cli, data
+from fmegatron import cli
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint
 
@@ -27,17 +28,8 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    documents = [json.dumps({"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * (1 + n % 3)}) for n in range(40)]
-    (folder / "train.jsonl").write_text("\n".join(documents))
-    data.tokenize([folder / "train.jsonl"], folder / "train", "byte", append_eod=True)
-    return folder
-
-
-def words(corpus: Path, folder: Path, mesh: str, start: Path | None = None) -> str:
-    options = {"data.source": corpus / "train", "data.valid": corpus / "train", "data.tokenizer": "byte", "data.seq": 16}
+def words(functions: Path, folder: Path, mesh: str, start: Path | None = None) -> str:
+    options = {"data.source": functions / "train", "data.valid": functions / "train", "data.tokenizer": "byte", "data.seq": 16}
     options |= {f"model.overrides.{key}": str(value).lower() for key, value in SIZES.items()}
     options |= {"training.steps": STEPS, "optimizer.schedule": "constant", "checkpoint.interval": 2, "checkpoint.keep": 0}
     options |= {"training.global_batch": 16, "training.microbatches": 4, "training.compile": "false", "log.prompt": "''"}
@@ -51,19 +43,19 @@ def step(folder: Path, number: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory) -> Path:
+def runs(functions, tmp_path_factory) -> Path:
     """Runs "one" and "stages" from the start, then "A-B": on mesh B from step 2 of A."""
     root = tmp_path_factory.mktemp("runs")
-    assert cli.main(shlex.split(words(corpus, root / "one", "one"))) == 0
+    assert cli.main(shlex.split(words(functions, root / "one", "one"))) == 0
     pairs = [("stages", "stages"), ("stages", "deep"), ("one", "loops")]
-    given = [words(corpus, root / "stages", "stages")]
-    given += [words(corpus, root / f"{a}-{b}", b, step(root / a, 2)) for a, b in pairs]
+    given = [words(functions, root / "stages", "stages")]
+    given += [words(functions, root / f"{a}-{b}", b, step(root / a, 2)) for a, b in pairs]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(RANKS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("resumed at step 2") == len(pairs) and "pp=2" in done.stdout
-    last = words(corpus, root / "loops-one", "one", step(root / "one-loops", 4)) + " --training.steps 6"
+    last = words(functions, root / "loops-one", "one", step(root / "one-loops", 4)) + " --training.steps 6"
     assert cli.main(shlex.split(last)) == 0
     return root
 
@@ -76,8 +68,7 @@ def tensors(found: Path) -> dict[str, torch.Tensor]:
 
 
 def records(folder: Path, key: str) -> list[float]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[key] for record in found if record.get(key) is not None]
+    return [record[key] for record in records_of(folder) if record.get(key) is not None]
 
 
 def test_resumed_on_the_same_mesh_the_run_is_bitwise_the_same(runs):

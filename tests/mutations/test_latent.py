@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pieces import batches
 
 from fmegatron import tree
 from fmegatron.models import mtp
@@ -15,11 +16,8 @@ from fmegatron.train import state
 torch.set_num_threads(1)
 
 
-def batch(rows=4, length=8, vocab=24):
-    generator = torch.Generator().manual_seed(1)
-    tokens, labels = (torch.randint(0, vocab, (rows, length), generator=generator) for _ in range(2))
-    weights = torch.rand(rows, length, generator=generator, dtype=torch.float64)
-    return {"tokens": tokens, "labels": labels, "weights": weights}
+def batch():
+    return next(batches(1, rows=4, vocab=24, seed=1))
 
 
 def check(rules, mesh, **more):

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from pieces import files, records_of
 
-from fmegatron import cli, data
+from fmegatron import cli
 from fmegatron.config import RunConfig, Training
 from fmegatron.train.setup_batch import parts_of, samples_before, sizes_of
 
 SIZES = {"layers": 2, "embed": 32, "heads": 2, "kv": 2, "mlp": 32, "vocab": 264, "context": 64}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    documents = [json.dumps({"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * (1 + n % 3)}) for n in range(40)]
-    (folder / "train.jsonl").write_text("\n".join(documents))
-    data.tokenize([folder / "train.jsonl"], folder / "train", "byte", append_eod=True)
-    return folder
-
-
-def words(corpus: Path, folder: Path, more: str) -> list[str]:
-    options = {"data.source": corpus / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
+def words(functions: Path, folder: Path, more: str) -> list[str]:
+    options = {"data.source": functions / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
     options |= {f"model.overrides.{key}": value for key, value in SIZES.items()}
     options |= {"training.steps": 5, "optimizer.schedule": "linear", "checkpoint.interval": 0, "checkpoint.keep": 0}
     options |= {"training.global_batch": 8, "log.prompt": "''", "optimizer.warmup": 2, "optimizer.decay_steps": 40}
     return ["train", "debug", *(f"--{key}={value}" for key, value in options.items()), *more.split()]
-
-
-def records_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
 RUNS = {
@@ -51,8 +34,8 @@ SIZE = {"ramp": [2, 2, 4, 6, 8], "steps": [4, 4, 4, 8, 8]}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_unbroken_one(name, corpus, tmp_path):
-    more = words(corpus, tmp_path / "whole", RUNS[name])
+def test_a_resumed_run_is_the_unbroken_one(name, functions, tmp_path):
+    more = words(functions, tmp_path / "whole", RUNS[name])
     more += ["--training.batch_sizes", "0:4 160:8"] if name == "steps" else []
     broken = [word.replace("whole", "broken") for word in more]
     assert cli.main([*broken, "--training.steps", "3"]) == 0
@@ -83,7 +66,7 @@ def test_microbatches_are_never_larger_than_those_of_the_end():
     ("--model.mup.embed 16 --optimizer.name lion", "its scales are of adamw"),
     ("--model.overrides.fp32_residual true --model.overrides.norm_at post", "fp32_residual with norm_at = post"),
 ])
-def test_what_cannot_be_honoured_is_one_line(more, said, corpus, tmp_path, capsys):
-    assert cli.main(words(corpus, tmp_path / "run", more)) == 2
+def test_what_cannot_be_honoured_is_one_line(more, said, functions, tmp_path, capsys):
+    assert cli.main(words(functions, tmp_path / "run", more)) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1

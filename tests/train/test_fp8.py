@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+from pieces import records_of
 
 from fmegatron import cli, config, data, models, toml
 from fmegatron.train.lowbits import lowered
@@ -21,7 +20,7 @@ def test_a_run_learns_as_in_fp32(tmp_path):
                  "--data.source", str(tmp_path / "text"), "--data.tokenizer", "byte", "--data.pad_vocab", "8",
                  "--training.compile", "false"]  # fmt: skip
         assert cli.main([*words, *more]) == 0
-        losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [record["loss"] for record in records_of(tmp_path / name)]
     assert losses["none"][0] != losses["tensorwise"][0] and losses["tensorwise"][0] != losses["nvfp4"][0]
     for name in ("tensorwise", "nvfp4"):
         assert abs(losses[name][-1] - losses["none"][-1]) < 0.1 * (losses["none"][0] - losses["none"][-1]) + 0.02

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pieces import held_out_nats
 
 from fmegatron import cli, config, data, models
 from fmegatron.inference import text
@@ -113,17 +114,8 @@ def test_held_out_counts_every_token_and_byte_once(corpus, tmp_path):
     assert cli.main(words(corpus, folder, "--validation.batches", "100", "--training.steps", "2")) == 0
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     model, params, _ = text.load(folder)
-    stream = data.IndexedDataset(corpus / "valid").stream.astype("int64")
-    documents = (stream == 256).cumsum() - (stream == 256)
-    nats, count = 0.0, 0
-    for first in range(0, len(stream) - 1, 16):
-        tokens = torch.from_numpy(stream[first : first + 17])
-        n = len(tokens) - 1
-        docs = torch.from_numpy(documents[first : first + n])
-        starts = torch.tensor([int((docs < docs[i]).sum()) for i in range(n)])
-        logits = model.logits(params, tokens[None, :-1], documents=docs[None], positions=(torch.arange(n) - starts)[None])
-        nats += float(torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="sum"))
-        count += n
+    stream = data.IndexedDataset(corpus / "valid").stream
+    nats, count = held_out_nats(model, params, corpus / "valid", 16)
     assert last["heldout_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / int((stream[1:] != 256).sum()), rel=1e-5)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pieces import held_out_nats
 
 from fmegatron import cli, data, tree
 from fmegatron.inference import text
@@ -80,18 +81,7 @@ def test_every_held_out_set_is_read_to_its_end(run, corpus):
     folder, records = run
     model, params, _ = text.load(folder)
     for prefix, names in (("valid", ("heldout_loss", "bits_per_byte")), ("other", ("validation/other/loss", None))):
-        stream = data.IndexedDataset(corpus / prefix).stream.astype("int64")
-        documents = (stream == 256).cumsum() - (stream == 256)
-        nats, count = 0.0, 0
-        for first in range(0, len(stream) - 1, 16):
-            tokens = torch.from_numpy(stream[first : first + 17])
-            n = len(tokens) - 1
-            docs = torch.from_numpy(documents[first : first + n])
-            starts = torch.tensor([int((docs < docs[i]).sum()) for i in range(n)])
-            places = (torch.arange(n) - starts)[None]
-            logits = model.logits(params, tokens[None, :-1], documents=docs[None], positions=places)
-            nats += float(torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="sum"))
-            count += n
+        nats, count = held_out_nats(model, params, corpus / prefix, 16)
         assert records[-1][names[0]] == pytest.approx(nats / count, rel=1e-5)
     assert records[-1]["heldout_perplexity"] == pytest.approx(math.exp(records[-1]["heldout_loss"]))
     counts = np.bincount(data.IndexedDataset(corpus / "train").stream, minlength=264)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from pieces import files, records_of
 
-from fmegatron import cli, data
+from fmegatron import cli
 
 SIZES = {"layers": 2, "embed": 64, "heads": 2, "kv": 2, "mlp": 64, "vocab": 264, "context": 64}
 
@@ -21,36 +21,19 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    documents = [json.dumps({"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * (1 + n % 3)}) for n in range(40)]
-    (folder / "train.jsonl").write_text("\n".join(documents))
-    data.tokenize([folder / "train.jsonl"], folder / "train", "byte", append_eod=True)
-    return folder
-
-
-def words(corpus: Path, folder: Path, more: str) -> list[str]:
-    options = {"data.source": corpus / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
+def words(functions: Path, folder: Path, more: str) -> list[str]:
+    options = {"data.source": functions / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
     options |= {f"model.overrides.{key}": value for key, value in SIZES.items()}
     options |= {"training.steps": 4, "optimizer.schedule": "constant", "checkpoint.interval": 2, "checkpoint.keep": 0}
     options |= {"training.global_batch": 8, "log.prompt": "''"}
     return ["train", "debug", *(f"--{key}={value}" for key, value in options.items()), *more.split()]
 
 
-def records_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
-
-
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_unbroken_one(name, corpus, tmp_path):
-    assert cli.main(words(corpus, tmp_path / "whole", RUNS[name])) == 0
-    assert cli.main(words(corpus, tmp_path / "broken", f"{RUNS[name]} --training.steps 2")) == 0
-    assert cli.main(words(corpus, tmp_path / "broken", RUNS[name])) == 0
+def test_a_resumed_run_is_the_unbroken_one(name, functions, tmp_path):
+    assert cli.main(words(functions, tmp_path / "whole", RUNS[name])) == 0
+    assert cli.main(words(functions, tmp_path / "broken", f"{RUNS[name]} --training.steps 2")) == 0
+    assert cli.main(words(functions, tmp_path / "broken", RUNS[name])) == 0
     records = records_of(tmp_path / "whole")
     assert [r["loss"] for r in records] == [r["loss"] for r in records_of(tmp_path / "broken")]
     assert files(tmp_path / "whole") == files(tmp_path / "broken")
@@ -68,7 +51,7 @@ def test_a_resumed_run_is_the_unbroken_one(name, corpus, tmp_path):
     ("--optimizer.name adafactor --optimizer.nu_dtype bf16", "optimizer.name = adafactor: second moments in bf16"),
     ("--optimizer.mu_dtype fp8 --mesh.dp 4 --mesh.virtual true --sharding.rules fsdp", "lie in blocks of 32, and"),
 ])
-def test_what_cannot_be_honoured_is_one_line(more, said, corpus, tmp_path, capsys):
-    assert cli.main(words(corpus, tmp_path / "run", more)) == 2
+def test_what_cannot_be_honoured_is_one_line(more, said, functions, tmp_path, capsys):
+    assert cli.main(words(functions, tmp_path / "run", more)) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from pieces import files, records_of
 
-from fmegatron import cli, data
+from fmegatron import cli
 from fmegatron.train import checkpoint
 
 SIZES = {"layers": 2, "embed": 16, "heads": 4, "kv": 2, "mlp": 24, "vocab": 264, "context": 64}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    documents = [json.dumps({"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * (1 + n % 3)}) for n in range(40)]
-    (folder / "train.jsonl").write_text("\n".join(documents))
-    data.tokenize([folder / "train.jsonl"], folder / "train", "byte", append_eod=True)
-    return folder
-
-
-def words(corpus: Path, folder: Path, more: str = "") -> list[str]:
-    options = {"data.source": corpus / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
+def words(functions: Path, folder: Path, more: str = "") -> list[str]:
+    options = {"data.source": functions / "train", "data.tokenizer": "byte", "data.seq": 16, "run.dir": folder}
     options |= {f"model.overrides.{key}": value for key, value in SIZES.items()}
     options |= {"training.steps": 4, "optimizer.schedule": "constant", "checkpoint.interval": 1, "checkpoint.keep": 0}
     options |= {"training.global_batch": 8, "log.prompt": "''"}
@@ -33,33 +24,29 @@ def words(corpus: Path, folder: Path, more: str = "") -> list[str]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records_of(folder)]
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> Path:
+def whole(functions, tmp_path_factory) -> Path:
     """A run of 4 steps, each saved in the foreground."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert cli.main(words(corpus, folder)) == 0
+    assert cli.main(words(functions, folder)) == 0
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
-
-
-def test_the_background_writes_the_same_files(whole, corpus, tmp_path):
-    assert cli.main(words(corpus, tmp_path / "behind", "--checkpoint.background true")) == 0
+def test_the_background_writes_the_same_files(whole, functions, tmp_path):
+    assert cli.main(words(functions, tmp_path / "behind", "--checkpoint.background true")) == 0
     assert files(tmp_path / "behind") == files(whole) and len(files(whole)) == 4
     assert losses(tmp_path / "behind") == losses(whole)
 
 
-def test_a_damaged_checkpoint_costs_its_steps_only(whole, corpus, tmp_path, capsys):
+def test_a_damaged_checkpoint_costs_its_steps_only(whole, functions, tmp_path, capsys):
     hurt = tmp_path / "hurt"
-    assert cli.main(words(corpus, hurt, "--training.steps 3")) == 0
+    assert cli.main(words(functions, hurt, "--training.steps 3")) == 0
     os.truncate(hurt / "checkpoints/step-00000003/rank-00000.safetensors", 1000)
     capsys.readouterr()
-    assert cli.main(words(corpus, hurt)) == 0
+    assert cli.main(words(functions, hurt)) == 0
     said = capsys.readouterr().out
     assert "step-00000003 is damaged: rank-00000.safetensors has 1000 bytes" in said and "resumed at step 2" in said
     assert losses(hurt) == losses(whole) and files(hurt) == files(whole)
@@ -75,16 +62,16 @@ def test_the_configuration_comes_from_the_checkpoint(whole, tmp_path, capsys):
     assert losses(branch)[0] == losses(whole)[2] and losses(branch)[1] != losses(whole)[3]
 
 
-def test_parameters_only_to_the_end_and_on_from_there(whole, corpus, tmp_path, capsys):
+def test_parameters_only_to_the_end_and_on_from_there(whole, functions, tmp_path, capsys):
     last = tmp_path / "last"
-    assert cli.main(words(corpus, last, "--checkpoint.last_model_only true --checkpoint.export_dtype bf16")) == 0
+    assert cli.main(words(functions, last, "--checkpoint.last_model_only true --checkpoint.export_dtype bf16")) == 0
     held = checkpoint.tensors(last / "checkpoints")
     assert {dtype for _, dtype in held.values()} == {torch.bfloat16}
     capsys.readouterr()
-    assert cli.main(words(corpus, last, "--training.steps 6")) == 2
+    assert cli.main(words(functions, last, "--training.steps 6")) == 2
     assert "holds parameters only" in capsys.readouterr().err
     tuned = tmp_path / "tuned"
     more = f"--checkpoint.resume {whole / 'checkpoints'} --checkpoint.load params --training.steps 1"
-    assert cli.main(words(corpus, tuned, more)) == 0
+    assert cli.main(words(functions, tuned, more)) == 0
     assert "starts from the parameters of" in capsys.readouterr().out
     assert len(losses(tuned)) == 1 and losses(tuned)[0] < losses(whole)[0]  # step 0's data, the trained parameters

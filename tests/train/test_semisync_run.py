@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pieces import records_of
 
 from fmegatron import cli, config, data
 from fmegatron.models import presets
@@ -35,7 +36,7 @@ def words(tmp_path_factory):
 def run(words, folder, steps, replicas, *more):
     sizes = ("--mesh.virtual=true", f"--mesh.replica={replicas}")
     assert cli.main([*words, f"--run.dir={folder}", f"--training.steps={steps}", *sizes, *more]) == 0
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return records_of(folder)
 
 
 def test_a_run_loses_a_replica_and_takes_one_back(words, tmp_path, capsys):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from pieces import batches, model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import optim, tree
-from fmegatron.models.gpt import Config, gpt
 from fmegatron.models.model import run_chain
 from fmegatron.nn import core, watch
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
@@ -28,18 +28,6 @@ MESHES = [
     ("fsdp", {"dp": 2, "fsdp": 2}, {"remat": "full"}),
     ("fsdp_tp_sp", {"dp": 2, "cp": 2, "tp": 2}, {}),
 ]
-
-
-def model(**more):
-    return gpt(Config(**{"layers": 2, "embed": 16, "heads": 4, "kv": 2, "mlp": 16, "vocab": 21, "vocab_pad": 8, **more}))
-
-
-def batches(steps, rows=8, length=8):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        tokens, labels = (torch.randint(0, 21, (rows, length), generator=generator) for _ in range(2))
-        weights = torch.rand(rows, length, generator=generator, dtype=torch.float64)
-        yield {"tokens": tokens, "labels": labels, "weights": weights}
 
 
 TX = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
