@@ -124,7 +124,7 @@ def experts() -> list[Case]:
         return torch.tensor([rows // 3, 0, rows - rows // 3 - rows // 4])  # the rest belongs to nobody
 
     def product(form: str, x: Tensor, w: Tensor, n: Tensor) -> Tensor:
-        return grouped_matmul.grouped_matmul(x, w, n, form=form)  # type: ignore[arg-type]
+        return grouped_matmul.grouped_matmul(x, w, n, form=form)
 
     return [Case("permute", lambda rows: [normal(rows, 19), slots(rows)],
                  lambda form, x, slot: permute.permute(x, slot, 2 * slot.shape[0] + 2, form=form), (1,), moves=True),
