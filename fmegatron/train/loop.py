@@ -102,7 +102,7 @@ def train(
         )
         stack.callback(feed.close)
         near = gloo() if c.local.folder else None
-        saver = stack.enter_context(Saver(partial(_write, parts), background=c.checkpoint.background))
+        saver = stack.enter_context(Saver(partial(_write, parts), partial(_items, parts), background=c.checkpoint.background))
         if mark:
             save(parts, guard, saver, state)
             _note(show, saver.wait())
@@ -143,10 +143,11 @@ def train(
 def save(parts: Parts, guard: Guard, saver: Saver, state: TrainState, *, last: bool = False) -> Path | None:
     """Save a state, or begin to; what was finished. last: of a run that is done."""
     guard.pulse.at("save")
-    c, meta, items = parts.config.checkpoint, _meta(parts, guard), _items(parts, state)
+    c, meta, step = parts.config.checkpoint, _meta(parts, guard), saving.steps_so_far(state)
     if last and c.last_model_only:
-        items, meta = saving.params_only(items, saving.DTYPES[c.export_dtype]), meta | {"holds": "params"}
-    return saver.save(items, saving.steps_so_far(state), meta)
+        only = partial(saving.params_only, dtype=saving.DTYPES[c.export_dtype])
+        return saver.save(state, step, meta | {"holds": "params"}, only)
+    return saver.save(state, step, meta)
 
 
 def save_near(parts: Parts, guard: Guard, state: TrainState, group: Group) -> None:

@@ -101,8 +101,11 @@ def test_in_the_background(url):
     def write(step, items, meta, group):
         return checkpoint.save(url, step, items, meta, group=group)
 
-    with saver.Saver(write, background=True) as behind:
-        behind.save({"a": whole(torch.ones(64, 8)), "n": whole(torch.tensor(1))}, 1, {"s": 1})
+    def items(state):
+        return {key: whole(x) for key, x in state.items()}
+
+    with saver.Saver(write, items, background=True) as behind:
+        behind.save({"a": torch.ones(64, 8), "n": torch.tensor(1)}, 1, {"s": 1})
     assert get(url) == 1
 
 
