@@ -43,7 +43,7 @@ class Saver:
     def save(
         self, state: Tree, step: int, meta: Mapping[str, Any], only: Callable[[Items], Items] = lambda items: items
     ) -> Path | None:
-        """Begin to save; the checkpoint that was finished meanwhile, or in the foreground this one. only: picks of the items."""
+        """Begin to save; the checkpoint that was finished meanwhile, or in the foreground this one. only: picks of them."""
         if self._pool is None:
             return self._write(step, only(self._items(state)), meta, None)
         before = self.wait()
