@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fmegatron.data.prefetch import prefetch
 from fmegatron.data.samples import Row
+from fmegatron.data.share import Share
 
 Batch = dict[str, Tensor]
 Batches = Generator[Batch, None, None]  # close() ends its threads, as does dropping it
@@ -75,38 +76,41 @@ def batches(
     ahead: int = 2,
     workers: int = 1,
     pin: bool = False,
+    share: Share | None = None,
 ) -> Batches:
     """Training batches without end, starting after `consumed` samples and made ahead by background threads.
 
     `global_batch`: rows of a step, or that by the samples consumed before it; None: as many as `samples.step` says. `rows`
     are those of the global batch to read (all, unless given), `drop` the entries to leave out; `place(key, tensor, names)`
     puts each tensor where it belongs, in the caller's thread. A batch without "documents" lets attention cross from one
-    document into the next.
+    document into the next. `share`: one process reads for several; on the others `samples` is not touched.
     """
     if (isinstance(global_batch, int) and global_batch < 1) or consumed < 0:
         raise ValueError(f"global_batch {global_batch} must be at least 1, consumed {consumed} at least 0")
-    if global_batch is None and not isinstance(samples, RowsOfSteps):
+    reads = share is None or share.reads
+    if reads and global_batch is None and not isinstance(samples, RowsOfSteps):
         raise ValueError(f"{type(samples).__name__} has no steps of its own: give a global_batch")
     own = (_own(numbers, rows) for numbers in _steps(samples, global_batch, consumed))
-    return _placed(prefetch(partial(rows_at, samples, drop=drop, pin=pin), own, ahead, workers), place)
+    return _placed(prefetch(partial(rows_at, samples, drop=drop, pin=pin), own, ahead, workers), place, share, pin)
 
 
 def held_out_batches(
-    held_out: FiniteBatches,
+    held_out: FiniteBatches | None,
     *,
     place: Place | None = None,
     rows: Own | None = None,
     drop: Collection[str] = (),
     ahead: int = 2,
     pin: bool = False,
+    share: Share | None = None,
 ) -> Batches:
-    """The held-out split once, as batches of one size; the rest as in `batches`."""
-    own = (_own(numbers, rows) for numbers in held_out.numbers())
-    return _placed(prefetch(partial(rows_at, held_out, drop=drop, pin=pin), own, ahead), place)
+    """The held-out split once, as batches of one size; the rest as in `batches`. None: where another process reads it."""
+    own = (_own(numbers, rows) for numbers in held_out.numbers()) if held_out is not None else iter(())
+    return _placed(prefetch(partial(rows_at, held_out, drop=drop, pin=pin), own, ahead), place, share, pin)
 
 
-def _placed(made: Batches, place: Place | None) -> Batches:
-    for batch in made:
+def _placed(made: Batches, place: Place | None, share: Share | None, pin: bool) -> Batches:
+    for batch in made if share is None else share.spread(made, pin):
         yield {key: place(key, x, names(x)) for key, x in batch.items()} if place else batch
 
 

@@ -1,4 +1,4 @@
-"""Batches on a mesh: each process reads its own rows and keeps its own part of the sequence, by the names of the dims.
+"""Batches on a mesh: processes that hold the same rows get them from one reader, and each keeps its part of the sequence.
 
 for batch in batches(corpus, sh, seq=1024, global_batch=32, seed=0):
     state, metrics = step(state, batch)
@@ -15,6 +15,7 @@ from torch import Tensor
 from fmegatron.data.batches import Batches, Place
 from fmegatron.data.batches import batches as rows_of
 from fmegatron.data.corpus import Corpus
+from fmegatron.data.share import Share, share_of
 from fmegatron.sharding import Sharding, shard
 from fmegatron.sharding.shard_map import stored
 
@@ -33,15 +34,18 @@ def batches(
     """Training batches of a corpus without end, as `sh` places them, starting after `consumed` samples.
 
     tokens, labels, positions, documents int64 and weights float32 [batch, seq], sample int64 [batch]: this process's shards,
-    or with a leading dim of ranks where it holds all. Which samples a step sees does not depend on the mesh.
+    or with a leading dim of ranks where it holds all. Which samples a step sees does not depend on the mesh. All processes
+    call this together.
     """
-    samples = corpus.samples(seq, seed, reset_positions=reset_positions)
-    return rows_of(samples, global_batch, consumed, ahead=ahead, **reading(sh))
+    share = share_of(sh)
+    samples: Any = corpus.samples(seq, seed, reset_positions=reset_positions) if share is None or share.reads else None
+    return rows_of(samples, global_batch, consumed, ahead=ahead, **reading(sh, share))
 
 
-def reading(sh: Sharding) -> dict[str, Any]:
-    """Arguments of `data.batches.batches`: each process reads its own rows and keeps its part of them."""
-    return {"place": placer(sh), "rows": partial(own_rows, sh), "pin": sh.mesh.device.startswith("cuda")}
+def reading(sh: Sharding, share: Share | None = None) -> dict[str, Any]:
+    """Arguments of `data.batches.batches`: this process's rows, by whom they are read (None: itself), and where they go."""
+    pin = sh.mesh.device.startswith("cuda")
+    return {"place": placer(sh), "rows": partial(own_rows, sh), "pin": pin, "share": share}
 
 
 def shards_of(sh: Sharding) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from fmegatron import toml
 from fmegatron.config import RunConfig
 from fmegatron.data.place import reading, shards_of
+from fmegatron.data.share import Share, share_of
 from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import setup, setup_batch, setup_precision
@@ -41,6 +42,7 @@ class Parts:
     say: setup.Say
     sh: Sharding
     source: Source
+    share: Share | None  # who reads batches for whom; None: each process its own
     model: Model
     own: Model  # what of the model this process holds: all of it, or its stages
     own_sh: Sharding  # how that lies: the mesh without its axis pp
@@ -61,9 +63,9 @@ class Parts:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How this process reads batches: its own rows, to where they belong."""
+        """How this process gets batches: which rows, who reads them, and where they go."""
         drop = () if self.config.data.document_mask else ("documents",)
-        return reading(self.sh) | {"drop": drop}
+        return reading(self.sh, self.share) | {"drop": drop}
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     sh, semisync = setup.sharding_of(c, mesh), setup.semisync_of(c)
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
-    source = setup.on_first(mesh, lambda: source_of(c, say))
+    share = share_of(sh)
+    source = setup.on_first(mesh, lambda: source_of(c, say, reads=share is None or share.reads))
     model, term_weights = unigram_of(c, source, setup.model_of(c, source))
     sets(c, source)
     pipeline = setup.pipeline_of(c, model)
@@ -144,6 +147,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         say=say,
         sh=sh,
         source=source,
+        share=share,
         model=model,
         own=own,
         own_sh=own_sh,

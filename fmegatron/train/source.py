@@ -21,19 +21,24 @@ Say = Callable[[str], None]
 class Source:
     """Training rows, and what is known of them: held-out text, the tokenizer, what compressors make of the held-out text."""
 
-    rows: Any  # data.batches.Rows
+    rows: Any  # data.batches.Rows; None where another process reads for this one
     corpus: data.Corpus | data.Conversations | mds.StreamCorpus | None = None
     compressors: Mapping[str, float] = field(default_factory=dict)
+    reads: bool = True
 
-    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.HeldOuts | data.InOrder | None:
-        """Held-out rows in batches, `limit` rows at most; None where there is no such text."""
-        if self.corpus is None or self.corpus.valid is None:
-            return None
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is held-out text."""
+        return self.corpus is not None and self.corpus.valid is not None
+
+    def held_out(self, c: RunConfig, batch: int, limit: int | None) -> data.HeldOut | data.HeldOuts | data.InOrder:
+        """Held-out rows in batches, `limit` rows at most."""
+        assert self.corpus is not None
         return self.corpus.held_out(c.data.seq, batch, limit=limit, reset_positions=c.data.reset_positions)
 
 
-def source_of(c: RunConfig, say: Say) -> Source:
-    """The text of a run, tokenized first where it is the standard library."""
+def source_of(c: RunConfig, say: Say, *, reads: bool = True) -> Source:
+    """The text of a run, tokenized first where it is the standard library; reads: whether this process makes rows of it."""
     d = c.data
     corpus: data.Corpus | data.Conversations | mds.StreamCorpus
     if d.sft is not None:
@@ -47,17 +52,19 @@ def source_of(c: RunConfig, say: Say) -> Source:
         if not isinstance(made, data.Corpus):
             if not hasattr(made, "row"):
                 raise ConfigError(f"data.source = {d.source}: returned {type(made).__name__}, not a Corpus nor rows")
-            return Source(_left(made, d.skip))
+            return Source(_left(made, d.skip) if reads else None, reads=reads)
         corpus = made
     else:
         corpus = _token_files(c)
-    if d.mixture:
-        rows = mixed(c, corpus)
-    else:
-        rows = corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions)
-    rows = _left(fill_in_the_middle(c, corpus.codec, rows) if d.fim else rows, d.skip)
     bits = corpus.bits_per_byte if isinstance(corpus, data.Corpus) else {}
-    return Source(rows, corpus, {f"{name} -9": value for name, value in bits.items()})
+    compressors = {f"{name} -9": value for name, value in bits.items()}
+    return Source(_rows(c, corpus) if reads else None, corpus, compressors, reads)
+
+
+def _rows(c: RunConfig, corpus: data.Corpus | data.Conversations | mds.StreamCorpus) -> data.Rows:
+    d = c.data
+    rows = mixed(c, corpus) if d.mixture else corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions)
+    return _left(fill_in_the_middle(c, corpus.codec, rows) if d.fim else rows, d.skip)
 
 
 def _token_files(c: RunConfig) -> data.Corpus:
@@ -157,5 +164,5 @@ def sets(c: RunConfig, source: Source) -> dict[str, Source]:
             if "://" not in str(prefix) and not Path(f"{prefix}{suffix}").is_file():
                 raise ConfigError(f"validation.sets.{name}: no file {prefix}{suffix} (fmegatron tokenize writes them)")
         assert isinstance(corpus, data.Corpus)
-        out[name] = Source(source.rows, replace(corpus, valid=str(prefix), split=None))
+        out[name] = Source(None, replace(corpus, valid=str(prefix), split=None), reads=source.reads)
     return out

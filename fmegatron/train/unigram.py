@@ -25,6 +25,7 @@ from fmegatron.models import Model
 from fmegatron.models.model import Node, Values
 from fmegatron.sharding import Sharding
 from fmegatron.train.source import Source
+from fmegatron.train.together import gloo, on_first
 
 PIECE = 1 << 24  # tokens counted at a time
 
@@ -36,7 +37,9 @@ def unigram_of(c: RunConfig, source: Source, model: Model) -> tuple[Model, dict[
     if model.output is None or c.model.loss:
         raise ConfigError("monitors.unigram goes with the cross-entropy of a language model: this run's loss is its own")
     vocab = getattr(model.config, "vocab", None) or (source.corpus.vocab_size if source.corpus is not None else 0)
-    return with_unigram(model, probabilities(counts_of(c.monitors.unigram, source), vocab)), {"unigram": 0.0}
+    where = c.monitors.unigram
+    counts = on_first(lambda: counts_of(where, source), gloo())  # the others read no text
+    return with_unigram(model, probabilities(counts, vocab)), {"unigram": 0.0}
 
 
 def counts_of(where: str, source: Source) -> dict[int, float]:

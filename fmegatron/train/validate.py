@@ -27,10 +27,10 @@ def measure(parts: Parts, state: TrainState, whole: bool) -> dict[str, float]:
     params = parts.average(state.params)
 
     def numbers(source: Source, limit: int | None) -> dict[str, float]:
-        rows: Any = source.held_out(c, batch, limit)
-        if rows is None:
+        if not source.has_held_out:
             return {}
-        return held_out(parts.evaluate, params, held_out_batches(rows, **parts.reading), rows.bytes)
+        rows: Any = source.held_out(c, batch, limit) if source.reads else None
+        return held_out(parts.evaluate, params, held_out_batches(rows, **parts.reading), rows.bytes if source.reads else None)
 
     out = numbers(parts.source, None if whole and parts.source.compressors else part)
     for name, source in sets(c, parts.source).items():
