@@ -105,11 +105,13 @@ def held_out_batches(
     share: Share | None = None,
 ) -> Batches:
     """The held-out split once, as batches of one size; the rest as in `batches`. None: where another process reads it."""
-    own = (_own(numbers, rows) for numbers in held_out.numbers()) if held_out is not None else iter(())
+    if held_out is None:
+        return _placed(iter(()), place, share, pin)
+    own = (_own(numbers, rows) for numbers in held_out.numbers())
     return _placed(prefetch(partial(rows_at, held_out, drop=drop, pin=pin), own, ahead), place, share, pin)
 
 
-def _placed(made: Batches, place: Place | None, share: Share | None, pin: bool) -> Batches:
+def _placed(made: Iterator[Batch], place: Place | None, share: Share | None, pin: bool) -> Batches:
     for batch in made if share is None else share.spread(made, pin):
         yield {key: place(key, x, names(x)) for key, x in batch.items()} if place else batch
 
