@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> list[str]:
 def machine() -> str:
     """This machine in a line: what is needed to read the numbers."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "jax", "optax"))
+    known = {dist.name for dist in distributions()}
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "jax", "optax") if name in known)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     cpu = names[0] if names else platform.machine()
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}; load {load}"
