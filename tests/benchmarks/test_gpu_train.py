@@ -126,6 +126,16 @@ def test_the_module_computes_the_same(c):
     torch.testing.assert_close(metrics["grad_norm"], grads)
 
 
+@pytest.mark.parametrize("number, who", [(1, "fmegatron fp8"), (2, "fmegatron")])
+def test_our_step_stays_on_its_device_and_never_waits_for_it(number, who):
+    """Meta stands for the GPU: a tensor of the host among its operands, or a value read, is an error there."""
+    row = load("gpu_rows").rows()[number].tiny
+    participant = load("gpu_rows").make(who, row, "meta", False)
+    participant.wake()
+    participant.step()
+    assert participant.step().is_meta
+
+
 def op(number, name, dims, dur=1.0, kind="c10::BFloat16"):
     args = {"External id": number, "Input Dims": dims, "Input type": [kind] * len(dims)}
     return {"ph": "X", "cat": "cpu_op", "name": name, "tid": 1, "ts": 10.0 * number, "dur": dur, "args": args}
