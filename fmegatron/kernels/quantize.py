@@ -9,7 +9,7 @@
     mxfp8           1 x 32, scales are powers of two                      OCP MX v1.0; rounded up, so that nothing saturates
     nvfp4           1 x 16 of 4 bits, scales of 8 bits, one scale a tensor over them     NVIDIA, arXiv:2509.25149
 
-Values are what the format can hold, in the dtype of a product: at least fp32. Blocks are of powers of two where `pow2`.
+Values lie in 8 bits each (those of 4 bits too, which e4m3 holds exactly); scales, and products, are at least fp32.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ Across = Callable[[Tensor], Tensor]  # the maximum over ranks that hold other pa
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format: its largest value, and its dtype where torch has one."""
+    """A floating-point format: its largest value, and the dtype of 8 bits in which its values are kept."""
 
     name: str
     largest: float
-    dtype: torch.dtype | None
+    dtype: torch.dtype
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest values of the format (ties to even), in x's dtype; beyond the largest, the largest."""
+        """The nearest values of the format (ties to even), in its dtype; beyond the largest, the largest."""
         x = x.clamp(-self.largest, self.largest)
-        if self.dtype is not None:
-            return x.to(self.dtype).to(x.dtype)
-        size = x.abs()
-        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
-        return (x / step).round() * step
+        if self.name == "e2m1":
+            size = x.abs()
+            step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
+            x = (x / step).round() * step
+        return x.to(self.dtype)
 
 
 E4M3 = Format("e4m3", 448.0, torch.float8_e4m3fn)
 E5M2 = Format("e5m2", 57344.0, torch.float8_e5m2)
-E2M1 = Format("e2m1", 6.0, None)
+E2M1 = Format("e2m1", 6.0, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class Recipe:
     def weight(self) -> Scaling:
         """How weights are scaled."""
         return replace(self.operand, rows=self.operand.inner) if self.square else self.operand
+
+    @property
+    def one(self) -> bool:
+        """Whether a scale does not ask along what a product sums: a tensor is quantized once for all of its products."""
+        return self.operand.rows == self.operand.inner
 
 
 RECIPES = MappingProxyType({
@@ -126,21 +131,26 @@ def same(x: Tensor) -> Tensor:
 
 
 class Quantized(NamedTuple):
-    """values [rows, inner] that a format holds, and scales that broadcast against them in blocks [rows, 1, inner, 1]."""
+    """Numbers of 8 bits [rows, inner], and scales that broadcast against them in blocks [rows, 1, inner, 1]."""
 
-    values: Tensor
+    payload: Tensor
     scales: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The numbers in the dtype of products."""
+        return self.payload.to(self.scales.dtype)
 
     @property
     def tensor(self) -> Tensor:
         """The tensor that they stand for."""
-        (high, _, wide, _), (rows, inner) = self.scales.shape, self.values.shape
+        (high, _, wide, _), (rows, inner) = self.scales.shape, self.payload.shape
         return (self.values.reshape(high, rows // high, wide, inner // wide) * self.scales).reshape(rows, inner)
 
     @property
     def mT(self) -> Quantized:
         """The same of the tensor transposed."""
-        return Quantized(self.values.mT, self.scales.permute(2, 3, 0, 1))
+        return Quantized(self.payload.mT, self.scales.permute(2, 3, 0, 1))
 
 
 def largest(x: Tensor, scaling: Scaling, rows: Across = same, inner: Across = same) -> Tensor:
@@ -161,7 +171,7 @@ def factors(top: Tensor, format: Format, scaling: Scaling, whole: Tensor | None 
     if scaling.scale == "e4m3":
         assert whole is not None
         over = torch.where(whole > 0, whole / (E4M3.largest * format.largest), torch.ones_like(whole))
-        scale = E4M3.round(top / format.largest / over) * over * 2.0**scaling.margin
+        scale = E4M3.round(top / format.largest / over).to(top.dtype) * over * 2.0**scaling.margin
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)  # a block far below the tensor's largest is lost
         return torch.where(scale == 0, torch.zeros_like(scale), 1 / safe), scale
     factor = (format.largest / 2.0**scaling.margin / top).clamp(max=torch.finfo(top.dtype).max)
@@ -173,7 +183,7 @@ def factors(top: Tensor, format: Format, scaling: Scaling, whole: Tensor | None 
 
 
 def quantize(x: Tensor, format: Format, scaling: Scaling, rows: Across = same, inner: Across = same) -> Quantized:
-    """x [rows, inner] in a format, in the dtype of products; see `largest` for rows and inner. Blocks divide x."""
+    """x [rows, inner] in a format; see `largest` for rows and inner. Blocks divide x."""
     top = largest(x, scaling, rows, inner)
     whole = inner(rows(top.amax((0, 2), keepdim=True))) if scaling.scale == "e4m3" else None
     return scaled(x, format, scaling, *factors(top, format, scaling, whole))

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmegatron.kernels.quantize import Format, Quantized, Recipe, Scaling, factors, multiply, quantize, scaled
+from fmegatron.kernels.launch import Form
+from fmegatron.kernels.quantize import Format, Quantized, Recipe, Scaling, factors, quantize, scaled
+from fmegatron.kernels.scaled_mm import multiply
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.einsum import Product
@@ -45,8 +47,11 @@ class Lowered:
         """The weight's, in which the product is given."""
         return self.tensor.dtype
 
-    def product(self, sh: Sharding, plan: Product, x: Tensor) -> Tensor:
-        """The local product with x, as `plan` names the dims. Raises ValueError where blocks do not divide them."""
+    def product(self, sh: Sharding, plan: Product, x: Tensor, shared: dict[Any, Any]) -> Tensor:
+        """The local product with x, as `plan` names the dims; weights of one einsum share what x becomes.
+
+        Raises ValueError where blocks do not divide the dims.
+        """
         form = plan.matmul
         if form is None:
             raise ValueError(f"recipe {self.recipe.name}: {' '.join(plan.x)}, {' '.join(plan.w)} is no matmul")
@@ -57,11 +62,16 @@ class Lowered:
         matrix = w.permute(*form.order[k:], *form.order[:k]).reshape(-1, x.shape[-k:].numel())
         names = plan.x[:-k], plan.x[-k:], tuple(plan.w[dim] for dim in form.order[k:])
         self._check(sh, names, (x.shape[-k - 1], matrix.shape[1], matrix.shape[0]))
-        flat, on = x.flatten(-k).flatten(0, -2), lines(sh, plan, names, self.recipe)
+        flat, on = x.flatten(-k).flatten(0, -2), lines(sh, plan, names, self.recipe, sh.kernels)
         if self.history is not None and sh.taps is not None:
-            for which, y in (("x", flat), ("w", matrix)):
-                sh.tap(f"fp8/{{layer}}/{self.site}.{which}", y.detach().abs(), "", "max")
-        return _Linear.apply(flat, matrix, sh.rank, on, self._tops()).reshape(*x.shape[:-k], *tail)
+            for which, z in (("x", flat), ("w", matrix)):
+                sh.tap(f"fp8/{{layer}}/{self.site}.{which}", z.detach().abs(), "", "max")
+        tops = self._tops()
+        key = (plan.left, *names[:2], self.recipe, self.site if tops is not None else "")
+        if key not in shared:
+            shared[key] = operand(flat.detach(), sh.rank, on, None if tops is None else tops[0])
+        y: Tensor = _Linear.apply(flat, matrix, *shared[key], tops, sh.rank, on)
+        return y.reshape(*x.shape[:-k], *tail)
 
     def _tops(self) -> Tensor | None:
         """The largest values that set the scales of x and of the weight [2]; None: those of this step."""
@@ -91,53 +101,67 @@ class Lines:
     inner: Axes
     columns: Axes
     alike: Axes
+    form: Form  # what computes the products
 
 
-def lines(sh: Sharding, plan: Product, names: tuple[tuple[str, ...], ...], recipe: Recipe) -> Lines:
+def lines(sh: Sharding, plan: Product, names: tuple[tuple[str, ...], ...], recipe: Recipe, form: Form) -> Lines:
     """The axes of a product's tokens, sum and columns."""
     owned = dict(plan.owned)
     tokens, inner, columns = (tuple(sh.mesh[axis] for name in group for axis in owned[name]) for group in names)
     taken = {axis.name for axis in (*tokens, *inner, *columns)}
     alike = tuple(axis for axis in sh.mesh.axes if axis.size > 1 and axis.name not in taken)
-    return Lines(recipe, tokens, inner, columns, alike)
+    return Lines(recipe, tokens, inner, columns, alike, form)
+
+
+def operand(x: Tensor, rank: Tensor | None, on: Lines, top: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x [m, k] as its products take it: (payload, scales) along the sum, and what the weight's gradient needs of it where that
+    is not the same: (payload, scales) along the tokens, or None twice."""
+    r = on.recipe
+    a = _quantize(x, r.format, r.operand, rank, on.tokens, on.inner, top)
+    if r.one or not r.wgrad or not torch.is_grad_enabled():
+        return *a, None, None
+    return *a, *_quantize(x.mT, r.format, r.operand, rank, on.inner, on.tokens, top)
 
 
 class _Linear(torch.autograd.Function):
-    """x [m, k], w [n, k] -> [m, n]."""
+    """x [m, k], w [n, k] -> [m, n]. Kept is x in 8 bits, of which products of one x share one, and w, which is a parameter."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, rank: Tensor | None, on: Lines, tops: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, w: Tensor, a: Tensor, a_scales: Tensor, at: Tensor | None, at_scales: Tensor | None, tops: Tensor | None,
+        rank: Tensor | None, on: Lines,
+    ) -> Tensor:
         r = on.recipe
-        a = _quantize(x, r.format, r.operand, rank, on.tokens, on.inner, None if tops is None else tops[0])
         b = _quantize(w, r.format, r.weight, rank, on.columns, on.inner, None if tops is None else tops[1])
-        return multiply(a, b).to(x.dtype)
+        return multiply(Quantized(a, a_scales), b, x.dtype, on.form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, rank, ctx.on, tops = inputs
-        ctx.save_for_backward(x, w, rank, tops)
+        x, w, a, a_scales, at, at_scales, tops, rank, ctx.on = inputs
+        r: Recipe = ctx.on.recipe
+        kept = (a, a_scales) if r.one else (at, at_scales)
+        ctx.save_for_backward(*(kept if r.wgrad else (x, None)), w, tops, rank)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, w, rank, tops), on = ctx.saved_tensors, ctx.on
-        r, (top_x, top_w) = on.recipe, (None, None) if tops is None else tops
+        (x, scales, w, tops, rank), on = ctx.saved_tensors, ctx.on
+        r, dtype = on.recipe, dy.dtype
         for axis in on.alike:
             dy = apply(dy, rank, Psum(axis))
         g = _quantize(dy, r.gradient, r.operand, rank, on.tokens, on.columns)
-        b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns, top_w)
-        dx = multiply(g, b)
+        b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns, None if tops is None else tops[1])
+        dx = multiply(g, b, dtype, on.form)
         if r.wgrad:
-            one = r.operand.rows == r.operand.inner  # a scale that does not ask along what is summed
-            g = g.mT if one else _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
-            a = _quantize(x.mT, r.format, r.operand, rank, on.inner, on.tokens, top_x)
-            dw = multiply(g, a)
+            g = g.mT if r.one else _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
+            a = Quantized(x, scales)
+            dw = multiply(g, a.mT if r.one else a, w.dtype, on.form)
         else:
-            dw = dy.mT @ x
+            dw = (dy.mT @ x).to(w.dtype)
         for axis in on.alike:
             dx, dw = apply(dx, rank, Once(axis)), apply(dw, rank, Once(axis))
-        return dx.to(x.dtype), dw.to(w.dtype), None, None, None
+        return dx, dw, *(None,) * 7
 
 
 def _quantize(

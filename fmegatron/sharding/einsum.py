@@ -62,9 +62,9 @@ class Product:
 
 
 class Weight(Protocol):
-    """A right operand with a product of its own, in place of a tensor."""
+    """A right operand with a product of its own, in place of a tensor; shared: what those of one einsum leave each other."""
 
-    def product(self, sh: Any, plan: Product, x: Tensor) -> Tensor: ...
+    def product(self, sh: Any, plan: Product, x: Tensor, shared: dict[Any, Any]) -> Tensor: ...
 
 
 def parse_einsum(pattern: str) -> list[tuple[Names, Names, Names]]:
@@ -114,9 +114,9 @@ def _plan_product(mesh: Mesh, place: Placer, x: Names, w: Names, out: Names) -> 
     return Product(operand(at_x), operand(at_w), x, w, out, plan_relayout(mesh, product, at_out), axes)
 
 
-def local_product(sh: Any, product: Product, x: Tensor, w: Tensor | Weight) -> Tensor:
+def local_product(sh: Any, product: Product, x: Tensor, w: Tensor | Weight, shared: dict[Any, Any]) -> Tensor:
     """The product of a left operand that is ready and a right one that is not."""
-    return multiply(product, x, run(w, sh.rank, product.right)) if isinstance(w, Tensor) else w.product(sh, product, x)
+    return multiply(product, x, run(w, sh.rank, product.right)) if isinstance(w, Tensor) else w.product(sh, product, x, shared)
 
 
 def multiply(product: Product, x: Tensor, w: Tensor) -> Tensor:

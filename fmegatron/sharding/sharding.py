@@ -196,11 +196,12 @@ class Sharding:
         if self.chunks > 1 and (done := in_chunks(products, x, weights, self.rank, self.chunks)) is not None:
             return done[0] if len(done) == 1 else done
         ready: dict[Any, Tensor] = {}
+        shared: dict[Any, Any] = {}
         out = []
         for product, w in zip(products, weights, strict=True):
             if product.left not in ready:
                 ready[product.left] = run(x, self.rank, product.left)
-            y = local_product(self, product, ready[product.left], w)
+            y = local_product(self, product, ready[product.left], w, shared)
             out.append(run(y, self.rank, product.home))
         return out[0] if len(out) == 1 else out
 

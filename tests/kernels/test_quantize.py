@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmegatron.kernels import scaled_mm
 from fmegatron.kernels.quantize import E2M1, E4M3, E5M2, RECIPES, Scaling, factors, largest, multiply, quantize, recipe
 
 torch.set_num_threads(1)
@@ -17,7 +18,7 @@ FOUR_BITS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 def test_values_of_four_bits_are_the_nearest_ones_ties_to_even():
     x = torch.linspace(-7, 7, 4001, dtype=torch.float64)
     legal = torch.cat([-FOUR_BITS.flip(0)[:-1], FOUR_BITS]).double()
-    assert torch.equal((E2M1.round(x) - x).abs(), (x[:, None] - legal).abs().min(1).values)
+    assert torch.equal((E2M1.round(x).double() - x).abs(), (x[:, None] - legal).abs().min(1).values)
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert E2M1.round(ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
 
@@ -26,9 +27,9 @@ def test_values_of_four_bits_are_the_nearest_ones_ties_to_even():
 def test_values_of_eight_bits_are_torchs_and_saturate(format):
     every = torch.arange(256, dtype=torch.uint8).view(format.dtype).float()
     every = every[every.isfinite()]
-    assert torch.equal(format.round(every), every) and every.max() == format.largest
+    assert torch.equal(format.round(every).float(), every) and every.max() == format.largest
     assert format.round(torch.tensor([1e9, -1e9, float("inf")])).tolist() == [format.largest, -format.largest, format.largest]
-    assert format.round(torch.tensor(float("nan"))).isnan()
+    assert format.round(torch.tensor(float("nan"))).float().isnan()
 
 
 def by_hand(x, format, name, block):
@@ -64,24 +65,43 @@ def test_scales_and_values(name, seed, size):
     spread = q.tensor / torch.where(q.values == 0, torch.ones_like(q.values), q.values)
     kept = q.values != 0
     assert torch.allclose(spread[kept], scale[kept], rtol=1e-6)
-    assert torch.equal(q.values, how.format.round(q.values)) and q.values.abs().max() <= how.format.largest
+    assert torch.equal(q.values, how.format.round(q.values).double()) and q.values.abs().max() <= how.format.largest
     gap = 0.5 if name == "nvfp4" else 2.0**-4  # of a format with 1 and 3 digits behind the point
     assert ((q.tensor - x).abs() <= gap * x.abs() + scale * 1.001).all()
 
 
-@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
-def test_products_are_those_of_torchs_scaled_mm(name):
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_by_torchs_operator_are_those_by_definition(name, dtype, seen):
     torch.manual_seed(0)
-    x, w, how = torch.randn(16, 32) * 3, torch.randn(24, 32), recipe(name)
-    a, b = quantize(x, how.format, how.operand), quantize(w, how.format, how.weight)
-    one = torch.ones(())
-    got = multiply(a, b)
-    low = [q.values.to(torch.float8_e4m3fn) for q in (a, b)]
-    kind = F.ScalingType.TensorWise
-    plain = F.scaled_mm(low[0], low[1].t(), one, kind, one, kind, output_dtype=torch.float32)
-    assert torch.allclose(got, plain * a.scales.reshape(-1, 1) * b.scales.reshape(1, -1), rtol=1e-6)
-    assert torch.allclose(got, a.tensor @ b.tensor.T, rtol=1e-5, atol=1e-5)
-    assert (got - x @ w.T).norm() / (x @ w.T).norm() < 0.05
+    how = recipe(name)
+    x, w = (torch.randn(128, 256) * 3).to(dtype), torch.randn(384, 256).to(dtype)
+    for left in (how.format, how.gradient):
+        a, b = quantize(x, left, how.operand), quantize(w, how.format, how.weight)
+        got = scaled_mm.multiply(a, b, dtype, "triton")
+        called = 0 if name in ("blockwise", "mxfp8", "nvfp4") else 1
+        assert got.dtype == dtype and len(seen) == called
+        exact = (a.tensor.double() @ b.tensor.double().T).float()
+        assert (got.float() - exact).norm() <= (1e-6 if dtype == torch.float32 else 3e-3) * exact.norm()
+        assert torch.equal(scaled_mm.multiply(a, b, dtype, "reference"), multiply(a, b).to(dtype)) and len(seen) == called
+        seen.clear()
+    assert (multiply(a, b) - x.float() @ w.float().T).norm() < 0.2 * (x.float() @ w.float().T).norm()
+
+
+@pytest.fixture
+def seen():
+    """Operators of scaled products that ran."""
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.extend([func] if "_scaled_mm" in func.name() else [])
+            return func(*args, **(kwargs or {}))
+
+    if not scaled_mm.served(torch.device("cpu")):
+        pytest.skip("torch's CPU operator came with torch 2.13")
+    with Watch():
+        yield calls
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
