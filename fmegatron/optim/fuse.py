@@ -40,11 +40,10 @@ from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_up
 from fmegatron.optim.elementwise import Elementwise, draws_of, plain
 from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
-from fmegatron.optim.packed import Draw, halved, joined, on_rows, pack
+from fmegatron.optim.packed import ROW, Where, draw, halved, joined, on_rows, pack
 from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
-ROW = 64  # elements: a multiple of every vector register's; what is left over, rarely anything, goes eager
 PIECE = 1 << 17  # elements: some ten fp32 arrays of a piece, temporaries included, stay in a cache of a few MB
 
 
@@ -82,13 +81,13 @@ class FusedStep:
         return torch.compile(self.kernel, fullgraph=True, options=dict(INDUCTOR))
 
     @cached_property
-    def packed(self) -> dict[bool, tuple[Kernel, Kernel]]:
-        """{whether parameters are in halves: the kernel between formats, the same compiled}; what draws is not compiled."""
+    def packed(self) -> dict[bool, tuple[tuple[Kernel, Kernel], tuple[Kernel, Kernel]]]:
+        """{whether parameters are in halves: draws and the kernel between formats, eager and compiled}."""
         slots = [link.form.format(slot) for link in self.parts[2] for slot in link.form.slots]
         kernels = {halves: pack(self.kernel, (HALVES if halves else SAME, *slots)) for halves in (False, True)}
-        if any(kind.draws for kind in slots):  # Inductor writes a hash out once for each of its uses: minutes
-            return {halves: (one, one) for halves, one in kernels.items()}
-        return {halves: (one, torch.compile(one, fullgraph=True, options=dict(INDUCTOR))) for halves, one in kernels.items()}
+        options: Any = {"fullgraph": True, "options": dict(INDUCTOR)}
+        drawn = torch.compile(draw, **options)
+        return {halves: ((draw, one), (drawn, torch.compile(one, **options))) for halves, one in kernels.items()}
 
     def __call__(
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
@@ -135,8 +134,8 @@ class FusedStep:
         arrays += [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.arrays]
         packed = halves or any(f.stored for f in forms)
         eager, compiled = self.packed[halves] if packed else (self.kernel, self.compiled if compile else self.kernel)
-        kernel = compiled if compile else eager
-        draws = _draws(forms, old, high, over) if packed else []
+        kernel: Any = compiled if compile else eager
+        where = _where(forms, old, high, over) if packed else []
 
         one = leaves[0].new_ones((), dtype=torch.float64)
         numbers = [one if by is None else by, one if ok is None else ok]
@@ -152,7 +151,7 @@ class FusedStep:
                 vector = torch.stack([n.double() for n in numbers] + [one * e for e in each])
                 vectors[each, dtype] = vector.to(dtype)
             if packed:
-                results.append(on_rows(kernel, eager, donate, g, vectors[each, dtype], draws[i], own_arrays))
+                results.append(on_rows(kernel, eager, donate, g, vectors[each, dtype], where[i], own_arrays))
             else:
                 results.append(_on_leaf(kernel, eager, donate, g, vectors[each, dtype], own_arrays))
 
@@ -191,20 +190,18 @@ def _links(tx: Transform) -> tuple[Transform, ...]:
     return tx.form if isinstance(tx.form, tuple) else (tx,)
 
 
-def _draws(forms: list[Any], states: list[Tree], params: Tree, over: Over) -> list[Draw]:
-    """For each leaf: where its elements lie, and the keys of all arrays' roundings; the parameter's comes first."""
-    keys: list[list[Tensor]] = [[]]
+def _where(forms: list[Any], states: list[Tree], params: Tree, over: Over) -> list[Where]:
+    """For each leaf: where its elements lie, and the keys of the roundings that draw."""
+    keys: list[list[Tensor]] = []
     places: Any = ()
     for f, s in zip(forms, states, strict=True):
-        if not f.stored:
-            keys += [[]] * len(f.slots)
-            continue
-        draws = draws_of(s["count"], params, over)
-        keys, places = keys + [draws.keys(slot) for slot in f.slots], draws.places
+        if f.stored:
+            draws = draws_of(s["count"], params, over)
+            keys, places = keys + [draws.keys(slot) for slot in f.slots if f.format(slot).draws], draws.places
     n = len(tree.leaves(params))
     none = tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
-    places = places or [("", none[None], none[None])] * n
-    return [(place[1], place[2], torch.stack([k[i] if k else none for k in keys])) for i, place in enumerate(places)]
+    places = places or [("", none[None, None], none[None])] * n
+    return [(place[1], place[2], tuple(k[i] for k in keys)) for i, place in enumerate(places)]
 
 
 def _kernel(forms: tuple[Elementwise, ...]) -> Kernel:

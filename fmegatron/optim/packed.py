@@ -16,7 +16,8 @@ from fmegatron.optim.base import Tree
 from fmegatron.optim.formats import Format, Split, join, split
 
 Kernel = Callable[..., tuple[Tensor, ...]]
-Draw = tuple[Tensor, Tensor, Tensor]  # index of rows [..., 1], of columns [n], keys [arrays' formats]
+Where = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # index of rows [..., 1], of columns [n], keys of the formats that draw
+ROW = 64  # elements: a multiple of a block, and of every vector register's
 PIECE = {"cpu": 1 << 17, "cuda": 1 << 23}
 
 
@@ -33,19 +34,18 @@ def halved(params: Tree) -> Split:
 
 
 def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
-    """The kernel between formats: (donate, g, vector, rows, columns, keys, *arrays) -> new arrays."""
+    """The kernel between formats: (donate, g, vector, words, *arrays) -> new arrays. words: random ones of those that draw."""
 
-    def run(
-        donate: bool, g: Tensor, vector: Tensor, rows: Tensor, columns: Tensor, keys: Tensor, *arrays: Tensor
-    ) -> tuple[Tensor, ...]:
+    def run(donate: bool, g: Tensor, vector: Tensor, words: tuple[Tensor, ...], *arrays: Tensor) -> tuple[Tensor, ...]:
         held, at = [], 0
         for kind in kinds:
             held.append(arrays[at : at + len(kind.suffixes)])
             at += len(kind.suffixes)
         made = kernel(False, g, vector, *(kind.load(*own) for kind, own in zip(kinds, held, strict=True)))
-        index, ok, new = rows + columns, vector[1] > 0, list[Tensor]()
-        for i, (kind, x) in enumerate(zip(kinds, made, strict=True)):
-            new += kind.store(x, random.bits(keys[i], index).reshape(x.shape) if kind.draws else index)
+        ok, rest = vector[1] > 0, iter(words)
+        new: list[Tensor] = []
+        for kind, x in zip(kinds, made, strict=True):
+            new += kind.store(x, next(rest).reshape(x.shape) if kind.draws else x)
         chosen = [torch.where(ok, a, b) for a, b in zip(new, arrays, strict=True)]
         if not donate:
             return tuple(chosen)
@@ -57,25 +57,44 @@ def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
     return types.FunctionType(run.__code__.replace(), run.__globals__, "packed", None, run.__closure__)
 
 
+def draw(index: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A random word at each index for each key, int32. Apart from the kernel: Inductor writes a hash out for each of its uses."""
+    return tuple(random.bits(key, index).to(torch.int32) for key in keys)
+
+
 def on_rows(
-    kernel: Kernel, eager: Kernel, donate: bool, g: Tensor, vector: Tensor, draw: Draw, arrays: tuple[Tensor, ...]
+    kernels: tuple[Kernel, Kernel], eager: tuple[Kernel, Kernel], donate: bool, g: Tensor, vector: Tensor, where: Where,
+    arrays: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """A packed kernel on one leaf's arrays; eagerly in one go what does not lie flat in memory."""
-    rows, columns, keys = draw
+    """(draw, packed kernel) on one leaf's arrays; eagerly in one go what does not lie flat in memory.
+
+    Compiled ones see rows of ROW elements, whatever the leaf's last dim, and any number of them: compiled once.
+    """
+    rows, columns, keys = where
     if not all(t.is_contiguous() for t in arrays):
-        return eager(donate, g, vector, rows, columns, keys, *arrays) or arrays
+        return eager[1](donate, g, vector, eager[0](rows + columns, keys), *arrays) or arrays
     n = g.shape[-1] if g.dim() else 1
     flat = [x.reshape(g.numel() // n, -1) for x in (g, *arrays)]
     rows = rows.reshape(-1, 1)
     rows = rows if len(rows) == len(flat[0]) else rows.expand(len(flat[0]), 1)
+    whole = all(x.numel() == g.numel() for x in arrays)  # no blocks, which must not be cut
     step = max(1, PIECE[g.device.type if g.device.type in PIECE else "cpu"] // n)
     parts = []
     for part, *own in zip(rows.split(step), *(x.split(step) for x in flat), strict=True):
-        run = kernel if len(part) > 1 else eager
-        mark = [own[0], part, *own[1:]] if run is not eager else []
-        for x in mark:
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-        parts.append(run(donate, own[0], vector, part, columns, keys, *own[1:]))
+        index = part + columns
+        even = (n if not whole else index.numel()) % ROW == 0 and index.numel() >= 2 * ROW  # one row would be compiled for itself
+        draws, run = kernels if even else eager
+        if even:
+            times = index.numel() // ROW
+            index, *own = (x.reshape(times, -1) for x in (index, *own))
+            for x in (index, *own):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        words = draws(index, keys) if keys else ()
+        if even:
+            for x in words:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        parts.append(run(donate, own[0], vector, words, *own[1:]))
     if donate:
         return arrays
-    return tuple(torch.cat(x).view(old.shape) for x, old in zip(zip(*parts, strict=True), arrays, strict=True))
+    return tuple(torch.cat([x.reshape(-1) for x in own]).view(old.shape)
+                 for own, old in zip(zip(*parts, strict=True), arrays, strict=True))
