@@ -54,7 +54,8 @@ SAME = Format(("",), (torch.zeros_like,), lambda x: x, lambda x, bits: (x,), dra
 def round_stochastically(x: Tensor, bits: Tensor, mantissa: int, least: int = -126) -> Tensor:
     """fp32 to one of the two neighbours with so many bits of mantissa, evenly spaced below 2^least; exact ones stay.
 
-    bits: int64 below 2^32, or the same 32 bits as int32, broadcast to x: at random. A value goes up with the probability that makes it right on average.
+    bits: int64 below 2^32, or those bits as int32, broadcast to x: at random. A value goes up with the probability that makes
+    it right on average.
     """
     drop = 23 - mantissa
     word = x.view(torch.int32)

@@ -133,8 +133,8 @@ class FusedStep:
         arrays = [leaves, tree.leaves(params.low)] if halves else [leaves]
         arrays += [tree.leaves(s[name]) for f, s in zip(forms, old, strict=True) for name in f.arrays]
         packed = halves or any(f.stored for f in forms)
-        eager, compiled = self.packed[halves] if packed else (self.kernel, self.compiled if compile else self.kernel)
-        kernel: Any = compiled if compile else eager
+        kernels: Any = self.packed[halves] if packed else (self.kernel, self.compiled if compile else self.kernel)
+        eager, kernel = kernels[0], kernels[compile]
         where = _where(forms, old, high, over) if packed else []
 
         one = leaves[0].new_ones((), dtype=torch.float64)

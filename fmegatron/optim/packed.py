@@ -58,7 +58,7 @@ def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
 
 
 def draw(index: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A random word at each index for each key, int32. Apart from the kernel: Inductor writes a hash out for each of its uses."""
+    """A random word at each index for each key, int32. A kernel of its own: Inductor writes a hash out for each of its uses."""
     return tuple(random.bits(key, index).to(torch.int32) for key in keys)
 
 
@@ -82,7 +82,7 @@ def on_rows(
     parts = []
     for part, *own in zip(rows.split(step), *(x.split(step) for x in flat), strict=True):
         index = part + columns
-        even = (n if not whole else index.numel()) % ROW == 0 and index.numel() >= 2 * ROW  # one row would be compiled for itself
+        even = (n if not whole else index.numel()) % ROW == 0 and index.numel() >= 2 * ROW  # one row is compiled for itself
         draws, run = kernels if even else eager
         if even:
             times = index.numel() // ROW
