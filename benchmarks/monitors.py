@@ -27,9 +27,8 @@ from report import ratio  # noqa: E402
 from fmegatron import models, optim  # noqa: E402
 from fmegatron.config import RunConfig  # noqa: E402
 from fmegatron.config.monitors import Monitors  # noqa: E402
-from fmegatron.optim.batch_size import BatchSizes  # noqa: E402
 from fmegatron.sharding import SINGLE  # noqa: E402
-from fmegatron.train.book import Book  # noqa: E402
+from fmegatron.train.book import Book, Taken  # noqa: E402
 from fmegatron.train.meter import KINDS, Meter  # noqa: E402
 from fmegatron.train.metrics import JsonLines  # noqa: E402
 from fmegatron.train.optimizers import numbers_of  # noqa: E402
@@ -59,15 +58,14 @@ def contestants(folder: Path, compile: bool) -> dict[str, Callable[[], None]]:
     def monitored(name: str, monitors: Monitors) -> Callable[[], None]:
         held, number = [init(model, tx, SINGLE)], [0]
         meter, writer = Meter(monitors, step, "cpu"), JsonLines(folder / f"{name}.jsonl")
-        sizes = BatchSizes(((0, BATCH),))
-        settings = {"sizes": sizes, "seq": SEQ, "flops": 1e9, "numbers": numbers_of(RunConfig()), "precision": "fp32"}
+        settings = {"seq": SEQ, "flops": 1e9, "numbers": numbers_of(RunConfig()), "precision": "fp32"}
         book = Book([writer], SINGLE.mesh, **settings)
 
         def run() -> None:
             number[0] += 1
             meter.begin(number[0])
             held[0], numbers = meter(held[0], batch, {})
-            book.add(number[0], numbers, meter.clock)
+            book.add(number[0], Taken(BATCH, BATCH * SEQ), numbers, meter.clock)
 
         return run
 

@@ -7,14 +7,14 @@ from fmegatron.data.blending import blend_index
 from fmegatron.data.chat import Chat, load_chat
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.corpus import Corpus, Files, Megatron, quickstart
-from fmegatron.data.cycle import Cycle, InOrder, Skip
+from fmegatron.data.cycle import Cycle, InOrder, Skip, SkipSteps
 from fmegatron.data.fim import Fim
 from fmegatron.data.gpt import GptOptions, GptSamples, split_bounds
 from fmegatron.data.gpt_indices import GptIndex, gpt_index
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from fmegatron.data.masking import Masking, continuations
 from fmegatron.data.mixture import Mixture, ramp
-from fmegatron.data.pack import Packed, PackIndex, StepIndex, Steps, by_length, first_fit, one_each
+from fmegatron.data.pack import Packed, PackIndex, Sizes, StepIndex, Steps, by_length, first_fit, one_each
 from fmegatron.data.place import batches
 from fmegatron.data.prepare import Counts, tokenize, write_documents
 from fmegatron.data.samples import HeldOut, Samples
@@ -49,7 +49,9 @@ __all__ = [
     "Packed",
     "Rows",
     "Samples",
+    "Sizes",
     "Skip",
+    "SkipSteps",
     "StepIndex",
     "Steps",
     "T5",

@@ -21,9 +21,12 @@ from fmegatron.data.blend import Blend, HeldOuts, gpt_blend
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.gpt import GptOptions, GptSamples, Mock, split_bounds
 from fmegatron.data.indexed import IndexedDataset
+from fmegatron.data.pack import Sizes, Steps, stepped
 from fmegatron.data.prepare import Counts, write_documents
 from fmegatron.data.samples import HeldOut, Ints, Samples
+from fmegatron.data.sft import Long
 from fmegatron.data.text import stdlib_documents, stdlib_files
+from fmegatron.data.whole import Whole
 
 VERSION = 1  # of what `quickstart` writes
 
@@ -70,6 +73,20 @@ class Corpus(tokenizers.Tokenized):
         if len(rows) == 1:
             return rows[0]
         return Blend(rows, [row.per_epoch if weight is None else weight for row, weight in zip(rows, weights, strict=True)])
+
+    def steps(
+        self, seq: int, seed: int, sizes: Sizes, cache: str | Path, long: Long, *, reset_positions: bool = True
+    ) -> Steps:
+        """Training rows without end, a document each, in steps of so many tokens; the index is kept in `cache`."""
+        files = _files(self.train)
+        if len(files) > 1 or MOCK in files:
+            raise ValueError(f"steps of so many tokens are made of one pair of files, not of {', '.join(files)}: merge them")
+        data = IndexedDataset(prefix := next(iter(files)))
+        documents = self._documents(prefix, len(data), 0)
+        digest = hashlib.sha256(data.lengths.tobytes()).hexdigest()[:16]
+        key = f"{digest} split={self.split} long={long}"
+        whole = Whole(data, seq, long, documents, self.vocab_size)
+        return stepped(whole, seq, seed, sizes, cache, key, reset_positions)
 
     def held_out(
         self, seq: int, batch: int, *, limit: int | None = None, reset_positions: bool = False

@@ -1,7 +1,7 @@
 """Rows without end from rows that end, and rows left out: values with `row(number)`, nothing remembered between calls.
 
     Cycle(rows, seed)       number n is row n % len of epoch n // len, each epoch dealt in an order of its own
-    Skip(rows, ranges)      the numbers in `ranges` are left out, those behind move up
+    Skip(rows, ranges)      the numbers in `ranges` are left out, those behind move up; SkipSteps: of steps of unequal size
     InOrder(rows, batch)    once, in order, as batches of one size: what validation reads
 """
 
@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from fmegatron.data.batches import Rows
+from fmegatron.data.pack import Steps
 from fmegatron.data.samples import Ints, Row, permutation
 
 
@@ -85,6 +86,19 @@ class Skip:
     def row(self, number: int) -> Row:
         """The `number`-th row that is left."""
         return self.rows.row(self.number(number))
+
+
+class SkipSteps(Skip):
+    """Rows of steps of unequal size without the steps that have a sample in `ranges`."""
+
+    rows: Steps
+
+    def __init__(self, rows: Steps, ranges: Sequence[tuple[int, int]]) -> None:
+        super().__init__(rows, [(rows.around(first).start, rows.around(stop - 1).stop) for first, stop in ranges])
+
+    def step(self, consumed: int) -> range:
+        """The numbers of the next step's rows, as in `Steps`."""
+        return range(consumed, consumed + len(self.rows.step(self.number(consumed))))
 
 
 class InOrder:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,14 +82,17 @@ def one_each(lengths: Ints, seq: int) -> PackIndex:
     return PackIndex(np.arange(len(lengths) + 1), np.arange(len(lengths)))
 
 
-def by_length(lengths: Ints, tokens: int, seed: int, *, rows: int = 1, multiple: int = 8) -> StepIndex:
-    """Steps of at most `tokens` places: examples of like length, rows as long as the longest, up to a multiple.
+def by_length(
+    lengths: Ints, tokens: int, seed: int, *, rows: int = 1, multiple: int = 8, most: int | None = None
+) -> StepIndex:
+    """Steps of at most `tokens` places: examples of like length, rows as long as the longest, up to a multiple, or `most`.
 
     The number of rows of each step is a multiple of `rows` (data-parallel ranks times microbatches), so every mesh whose
     ranks divide it sees the same steps. Steps come in an order drawn from the seed.
     Raises ValueError where `rows` of the longest example are more than `tokens`.
     """
     padded = -(-lengths // multiple) * multiple
+    padded = padded if most is None else np.maximum(np.minimum(padded, most), lengths)
     if len(lengths) and rows * (longest := int(padded.max())) > tokens:
         raise ValueError(
             f"a budget of {tokens} tokens: the longest example takes {longest} and a step has at least {rows} rows of it, "
@@ -139,15 +143,22 @@ class Steps:
         if not len(index.items):
             raise ValueError("no examples: nothing to make steps of")
         self.examples, self.index, self.seed, self.reset_positions = examples, index, seed, reset_positions
+        self._deals: dict[int, tuple[Ints, Ints]] = {}
+        self._lock = threading.Lock()
 
     def step(self, consumed: int) -> range:
         """The sample numbers of the step that `consumed` samples, those of whole steps, have come before."""
-        epoch, at = divmod(consumed, len(self.index.items))
+        step = self.around(consumed)
+        if step.start != consumed:
+            raise ValueError(f"{consumed} samples end within a step, the last one began at {step.start}")
+        return step
+
+    def around(self, number: int) -> range:
+        """The sample numbers of the step that sample `number` belongs to."""
+        epoch, at = divmod(number, len(self.index.items))
         starts, _ = self._deal(epoch)
         step = int(np.searchsorted(starts, at, side="right")) - 1
-        if starts[step] != at:
-            raise ValueError(f"{consumed} samples end within a step, the last one began at {consumed - at + starts[step]}")
-        return range(consumed, consumed - at + int(starts[step + 1]))
+        return range(number - at + int(starts[step]), number - at + int(starts[step + 1]))
 
     def row(self, number: int) -> Row:
         """The row of sample `number`, as long as its step says."""
@@ -159,8 +170,33 @@ class Steps:
         return lay(pieces, int(self.index.lengths[deal[step]]), self.reset_positions) | {"sample": np.array(number)}
 
     def _deal(self, epoch: int) -> tuple[Ints, Ints]:
-        deal = permutation(len(self.index.lengths), self.seed, 2 + epoch)
-        return _starts(np.diff(self.index.starts)[deal]), deal
+        with self._lock:  # the last two epochs are kept
+            if epoch not in self._deals:
+                deal = permutation(len(self.index.lengths), self.seed, 2 + epoch)
+                last = dict(list(self._deals.items())[-1:])
+                self._deals = last | {epoch: (_starts(np.diff(self.index.starts)[deal]), deal)}
+            return self._deals[epoch]
+
+
+class Sizes(NamedTuple):
+    """Of steps of unequal size: at most `tokens` places, a multiple of `rows` rows, as long as a multiple of `multiple`."""
+
+    tokens: int
+    rows: int
+    multiple: int
+
+
+def stepped(
+    examples: Examples, seq: int, seed: int, sizes: Sizes, folder: str | Path, key: str, reset_positions: bool = True
+) -> Steps:
+    """Examples of at most `seq` places in steps, by an index that is kept in `folder` under `key`, seed and sizes."""
+
+    def index() -> dict[str, Any]:
+        rest = {"rows": sizes.rows, "multiple": sizes.multiple, "most": seq}
+        return by_length(examples.lengths, sizes.tokens, seed, **rest)._asdict()
+
+    kept = cached(folder, f"{key} steps seq={seq} seed={seed} {tuple(sizes)}", index)
+    return Steps(examples, StepIndex(**kept), seed, reset_positions=reset_positions)
 
 
 def lay(pieces: Sequence[Piece], seq: int, reset_positions: bool = True) -> Row:

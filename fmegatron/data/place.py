@@ -7,6 +7,7 @@ for batch in batches(corpus, sh, seq=1024, global_batch=32, seed=0):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,15 @@ def reading(sh: Sharding, share: Share | None = None) -> dict[str, Any]:
 def shards_of(sh: Sharding) -> int:
     """The number of parts that a batch is cut in."""
     return math.prod(sh.mesh[axis].size for axis in sh.placement("batch seq").of("batch"))
+
+
+def size_of(sh: Sharding, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Samples and tokens, padding counts, of the global batch that a placed one is part of."""
+    x = batch["tokens"] if "tokens" in batch else max(batch.values(), key=lambda x: x.dim())
+    rows, *seq = x.shape[1:] if sh.mesh.stacked else x.shape
+    rows *= shards_of(sh)
+    cut = math.prod(sh.mesh[axis].size for axis in sh.placement("batch seq").of("seq"))
+    return rows, rows * seq[0] * cut if seq else rows
 
 
 def own_rows(sh: Sharding, global_batch: int) -> range:

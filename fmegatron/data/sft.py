@@ -28,7 +28,7 @@ from fmegatron.data import tokenizers
 from fmegatron.data.chat import Chat, Span, load_chat
 from fmegatron.data.cycle import Cycle, InOrder
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from fmegatron.data.pack import Ints, Packed, PackIndex, Piece, cached, first_fit, one_each
+from fmegatron.data.pack import Ints, Packed, PackIndex, Piece, Sizes, Steps, cached, first_fit, one_each, stepped
 
 Example = Mapping[str, Any]
 Source = str | Path | Sequence[Example]
@@ -64,9 +64,18 @@ class Conversations(tokenizers.Tokenized):
             raise ValueError("these conversations have no held-out part")
         return InOrder(self._rows(self.valid, seq, 0, reset_positions), batch, limit)
 
-    def _rows(self, source: Source, seq: int, seed: int, reset_positions: bool) -> Packed:
+    def steps(self, seq: int, seed: int, sizes: Sizes, *, reset_positions: bool = True) -> Steps:
+        """Training rows without end in steps of so many tokens, whatever `pack` says."""
+        folder, turns = self._turns(self.train, seq)
+        key = f"{folder.name} seq={seq} long={self.long}"
+        return stepped(turns, seq, seed, sizes, self.cache, key, reset_positions)
+
+    def _turns(self, source: Source, seq: int) -> tuple[Path, Turns]:
         folder = tokenize_conversations(source, self.cache, self.codec, load_chat(self.chat))
-        turns = Turns(folder, seq, self.long)
+        return folder, Turns(folder, seq, self.long)
+
+    def _rows(self, source: Source, seq: int, seed: int, reset_positions: bool) -> Packed:
+        folder, turns = self._turns(source, seq)
 
         def index() -> dict[str, Any]:
             return (first_fit(turns.lengths, seq, seed) if self.pack else one_each(turns.lengths, seq))._asdict()
@@ -84,19 +93,25 @@ class Turns:
     def __init__(self, folder: str | Path, seq: int, long: Long = "error") -> None:
         self.tokens, self.targets = IndexedDataset(Path(folder) / "tokens"), IndexedDataset(Path(folder) / "targets")
         lengths = self.tokens.lengths.astype(np.int64) - 1
-        if (count := int((lengths > seq).sum())) and long == "error":
-            raise ValueError(
-                f"{count} of {len(lengths)} conversations are longer than seq {seq}, the longest has {lengths.max()} tokens: "
-                'raise seq, or say long = "truncate" or "drop"'
-            )
-        self.seq, self.kept = seq, np.flatnonzero(lengths <= seq) if long == "drop" else np.arange(len(lengths))
-        if not len(self.kept):
-            raise ValueError(f"all {len(lengths)} are longer than seq {seq}: raise it to {lengths.max(initial=1)}")
+        self.seq, self.kept = seq, kept(lengths, seq, long, "conversations")
         self.lengths: Ints = np.minimum(lengths[self.kept], seq)
 
     def __getitem__(self, index: int) -> Piece:
         at, count = int(self.kept[index]), int(self.lengths[index]) + 1
         return self.tokens.get(at, 0, count), self.targets.get(at, 0, count)
+
+
+def kept(lengths: Ints, seq: int, long: Long, what: str) -> Ints:
+    """Which examples of these lengths are used: all, or with `long` "drop" those that fit. Raises ValueError, see `Turns`."""
+    if (count := int((lengths > seq).sum())) and long == "error":
+        raise ValueError(
+            f"{count} of {len(lengths)} {what} are longer than seq {seq}, the longest has {lengths.max()} tokens: "
+            'raise seq, or say long = "truncate" or "drop"'
+        )
+    left = np.flatnonzero(lengths <= seq) if long == "drop" else np.arange(len(lengths))
+    if not len(left):
+        raise ValueError(f"all {len(lengths)} {what} are longer than seq {seq}: raise it to {lengths.max(initial=1)}")
+    return left
 
 
 def tokenize_conversations(source: Source, cache: str | Path, codec: tokenizers.Tokenizer, chat: Chat) -> Path:

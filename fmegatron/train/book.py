@@ -7,17 +7,26 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fmegatron.optim import BatchSizes
-from fmegatron.sharding import Mesh
+from fmegatron.data.batches import Batches
+from fmegatron.data.place import size_of
+from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train.clock import Clock
 from fmegatron.train.flops import mfu, peak_flops
 from fmegatron.train.metrics import Writer
 from fmegatron.train.progress import memory_bytes
+
+
+class Taken(NamedTuple):
+    """What a step took, over all ranks: padding counts."""
+
+    samples: int
+    tokens: int
+
 
 More = Callable[[], Mapping[str, float]]
 Number = Callable[[Tensor], Tensor]  # by the number of applied updates
@@ -58,10 +67,27 @@ class Reading:
         return dict(zip(self.names, self.packed.tolist(), strict=True))
 
 
+class Feed:
+    """Batches, and what the last of them held."""
+
+    def __init__(self, sh: Sharding, batches: Batches) -> None:
+        self.sh, self.batches, self.taken = sh, batches, Taken(0, 0)
+        self.close = batches.close
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self.batches)
+        self.taken = Taken(*size_of(self.sh, batch))
+        return batch
+
+
 class Book:
     """Adds a step's numbers, and writes them: on a GPU one step later, so that reading them does not hold it up.
 
-    numbers: of the optimizer by applied updates, lr among them. late: as on a GPU; None: on one.
+    consumed: samples before the first step. flops: of a sample of `seq` tokens. numbers: of the optimizer by applied updates,
+    lr among them. late: as on a GPU; None: on one.
     """
 
     def __init__(
@@ -69,7 +95,7 @@ class Book:
         writers: Sequence[Writer],
         mesh: Mesh,
         *,
-        sizes: BatchSizes,
+        consumed: int = 0,
         seq: int,
         flops: float,
         numbers: Mapping[str, Number],
@@ -77,13 +103,13 @@ class Book:
         past: Past | None = None,
         late: bool | None = None,
     ) -> None:
-        self.writers, self.device, self.sizes, self.seq, self.flops = writers, mesh.device, sizes, seq, flops
+        self.writers, self.device, self.consumed, self.seq, self.flops = writers, mesh.device, consumed, seq, flops
         self.numbers, past = numbers, past or Past()
         cuda = torch.device(mesh.device).type == "cuda"
         self.waits = cuda if late is None else late  # elsewhere a step is done when it returns
         self.peak = peak_flops(torch.cuda.get_device_name(), precision) if cuda else None
         self.stacked, self.devices = mesh.stacked, 1 if mesh.stacked else mesh.size
-        self.waiting: tuple[int, Reading, Clock | None] | None = None
+        self.waiting: tuple[int, Taken, Reading, Clock | None] | None = None
         self.useful, self.started, self.skipped = past.useful, past.started or time.time(), past.skipped
         self.spent: dict[str, float] = {}
         self.clock = time.perf_counter()
@@ -95,11 +121,13 @@ class Book:
             self.spent[part] = self.spent.get(part, 0.0) + now - self.clock
         self.clock = now
 
-    def add(self, step: int, numbers: Mapping[str, Tensor], clock: Clock | None = None, more: More | None = None) -> None:
+    def add(
+        self, step: int, taken: Taken, numbers: Mapping[str, Tensor], clock: Clock | None = None, more: More | None = None
+    ) -> None:
         """Take the numbers of a step that was just started; write them when the next one has, where that saves a wait."""
         reading = Reading(numbers, self.stacked)
         self.write()
-        self.waiting = (step, reading, clock)
+        self.waiting = (step, taken, reading, clock)
         if more is not None or not self.waits:
             self.write(more)
 
@@ -107,18 +135,18 @@ class Book:
         """Write the step that waits, with more numbers of the same step, whose time does not count."""
         if self.waiting is None:
             return
-        (step, reading, clock), self.waiting = self.waiting, None
+        (step, taken, reading, clock), self.waiting = self.waiting, None
         values = {name.removeprefix("tap.max.").removeprefix("tap.sum."): x for name, x in reading.values().items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        before, consumed = self.sizes.before(torch.tensor([step - 1, step])).tolist()
-        rate = self.flops * (consumed - before) / seconds
+        self.consumed += taken.samples
+        rate = self.flops * taken.tokens / self.seq / seconds
         record: dict[str, Any] = {"step": step, **losses(values), "grad_norm": values["grad_norm"]}
         applied = torch.tensor(max(step - int(values["skipped"]) - 1, 0))
         record |= {name: float(value(applied)) for name, value in self.numbers.items()}
-        record |= {"tokens_per_second": (consumed - before) * self.seq / seconds, "seconds": seconds, "tflops": rate / 1e12}
+        record |= {"tokens_per_second": taken.tokens / seconds, "seconds": seconds, "tflops": rate / 1e12}
         record |= {"mfu": share} if (share := mfu(rate, self.peak, self.devices)) is not None else {}
-        record |= memory(self.device) | {"skipped": int(values["skipped"]), "consumed": consumed}
+        record |= memory(self.device) | {"skipped": int(values["skipped"]), "consumed": self.consumed}
         record |= {f"time/{part}": x for part, x in (clock.seconds() if clock is not None else {}).items()}
         counts = values["skipped"] <= self.skipped
         self.useful, self.skipped = self.useful + (seconds if counts else 0.0), int(values["skipped"])

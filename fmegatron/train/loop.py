@@ -23,7 +23,7 @@ from fmegatron.config import RunConfig
 from fmegatron.data.batches import batches
 from fmegatron.train import balance, checkpoint, facts, saving, setup
 from fmegatron.train.assemble import Parts, assemble
-from fmegatron.train.book import Book
+from fmegatron.train.book import Book, Feed
 from fmegatron.train.closing import Sampler, close
 from fmegatron.train.faults.guard import Guard, watched
 from fmegatron.train.faults.watch import from_json
@@ -84,7 +84,7 @@ def train(
         book = Book(
             [show, *writers(parts, stack, done)] if show is not None else [],
             parts.sh.mesh,
-            sizes=sizes,
+            consumed=_consumed(state),
             seq=c.data.seq,
             flops=setup.flops_of(parts.model, c.data.seq, 1),
             numbers=numbers_of(c),
@@ -92,14 +92,9 @@ def train(
             past=facts.past(parts.folder) if parts.first else None,
         )
         guard.begin(done)
-        feed = batches(
-            guard.rows(parts.source.rows),
-            sizes.at,
-            _consumed(state),
-            ahead=c.data.ahead,
-            workers=c.data.workers,
-            **parts.reading,
-        )
+        rows, size = guard.rows(parts.source.rows), None if c.data.step_tokens else sizes.at
+        how = {"ahead": c.data.ahead, "workers": c.data.workers, **parts.reading}
+        feed = Feed(parts.sh, batches(rows, size, _consumed(state), **how))
         stack.callback(feed.close)
         near = gloo() if c.local.folder else None
         saver = stack.enter_context(Saver(partial(_write, parts), partial(_items, parts), background=c.checkpoint.background))
@@ -123,7 +118,7 @@ def train(
                 parts.check(state.params)
             measured = _due(done, c.validation.interval) or done == steps
             more = partial(measure, parts, state, whole=done == steps) if measured else None
-            book.add(done, balance.numbers(outcome.numbers), meter.clock, more)
+            book.add(done, feed.taken, balance.numbers(outcome.numbers), meter.clock, more)
             if _due(done, c.checkpoint.interval) and done < steps:
                 book.write()
                 _note(show, save(parts, guard, saver, state))

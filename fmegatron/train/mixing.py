@@ -55,6 +55,26 @@ def mixed(c: RunConfig, corpus: Any) -> data.Rows:
         raise ConfigError(f"data.mixture: {error}") from None
 
 
+def stepped(c: RunConfig, corpus: Any) -> data.Steps:
+    """Training rows in steps of `data.step_tokens`, each a multiple of training.global_batch rows. Raises ConfigError."""
+    d, t = c.data, c.training
+    others = {"data.blend": d.blend, "data.streams": d.streams, "data.mixture": d.mixture, "data.fim": d.fim,
+              'data.order = "megatron"': d.order == "megatron", "training.batch_sizes": t.batch_sizes,
+              "training.rampup_batch": t.rampup_batch, 'optimizer.unit = "samples"': c.optimizer.unit == "samples",
+              'faults.on_bad = "rollback"': c.faults.on_bad == "rollback"}  # fmt: skip
+    if clash := [name for name, said in others.items() if said]:
+        raise ConfigError(f"data.step_tokens and {clash[0]} are both set: drop one of the two")
+    assert d.step_tokens is not None
+    sizes, how = data.Sizes(d.step_tokens, t.global_batch, d.step_multiple), {"reset_positions": d.reset_positions}
+    try:
+        if isinstance(corpus, data.Conversations):
+            return corpus.steps(d.seq, c.run.seed, sizes, **how)
+        cache = d.cache or c.run.folder.parent / "cache"
+        return corpus.steps(d.seq, c.run.seed, sizes, cache, d.long, **how)
+    except ValueError as error:
+        raise ConfigError(f"data.step_tokens = {d.step_tokens}: {error}") from None
+
+
 def _span(at: str) -> tuple[int, int | None]:
     """"5000" -> (5000, None); "5000:9000" -> (5000, 9000)."""
     first, colon, stop = at.partition(":")

@@ -251,10 +251,12 @@ def check_batch(c: RunConfig, shards: int) -> None:
 
 def check_sequence(c: RunConfig, sh: Sharding) -> None:
     """ValueError where the sequence does not divide over its ranks, or into the chunks of a zigzag."""
-    check_length(c.data.seq, sh.zigzag)
-    bound = sh.bind({"seq": c.data.seq, "loss_seq": c.data.seq})
-    for names in ("batch seq", "batch loss_seq"):
-        bound.placement(names, leaf="data.seq")
+    lengths = {"data.seq": c.data.seq} | ({} if c.data.step_tokens is None else {"data.step_multiple": c.data.step_multiple})
+    for key, length in lengths.items():
+        check_length(length, sh.zigzag)
+        bound = sh.bind({"seq": length, "loss_seq": length})
+        for names in ("batch seq", "batch loss_seq"):
+            bound.placement(names, leaf=key)
 
 
 def dtype_of(c: RunConfig) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from fmegatron import config as configs
 from fmegatron import data
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import mds
-from fmegatron.train.mixing import files_of, fill_in_the_middle, mixed
+from fmegatron.train.mixing import files_of, fill_in_the_middle, mixed, stepped
 from fmegatron.train.setup_batch import samples_before
 
 Say = Callable[[str], None]
@@ -63,6 +63,8 @@ def source_of(c: RunConfig, say: Say, *, reads: bool = True) -> Source:
 
 def _rows(c: RunConfig, corpus: data.Corpus | data.Conversations | mds.StreamCorpus) -> data.Rows:
     d = c.data
+    if d.step_tokens is not None:
+        return _left(stepped(c, corpus), d.skip)
     rows = mixed(c, corpus) if d.mixture else corpus.samples(d.seq, c.run.seed, reset_positions=d.reset_positions)
     return _left(fill_in_the_middle(c, corpus.codec, rows) if d.fim else rows, d.skip)
 
@@ -143,7 +145,8 @@ def _left(rows: data.Rows, skip: tuple[str, ...]) -> data.Rows:
     if not skip:
         return rows
     try:
-        return data.Skip(rows, [(int(first), int(stop)) for first, stop in (pair.split(":") for pair in skip)])
+        ranges = [(int(first), int(stop)) for first, stop in (pair.split(":") for pair in skip)]
+        return data.SkipSteps(rows, ranges) if isinstance(rows, data.Steps) else data.Skip(rows, ranges)
     except ValueError as error:
         raise ConfigError(f'data.skip = {list(skip)}: expected ["first:stop", ...]: {error}') from None
 

@@ -83,7 +83,7 @@ def test_long_ones_are_refused_cut_or_dropped(tmp_path):
     cut, kept = Turns(folder, 16, "truncate"), Turns(folder, 16, "drop")
     assert cut.lengths.tolist() == [3, 16, 5] and kept.lengths.tolist() == [3, 5]
     assert cut[1][0].tolist() == [*b"ab", *b"c" * 15] and kept[1][0].tolist() == [*b"abccc", 256]
-    with pytest.raises(ValueError, match="all 3 are longer than seq 2"):
+    with pytest.raises(ValueError, match="all 3 conversations are longer than seq 2"):
         Turns(folder, 2, "drop")
 
 

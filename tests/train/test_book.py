@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import toml
 from fmegatron.config import RunConfig
-from fmegatron.optim import BatchSizes
 from fmegatron.sharding import Mesh
-from fmegatron.train.book import Book, Past, Reading, over_layers
+from fmegatron.train.book import Book, Past, Reading, Taken, over_layers
 from fmegatron.train.clock import Clock
 from fmegatron.train.optimizers import numbers_of
+
+TAKEN = Taken(2, 16)
 
 
 class Kept:
@@ -30,7 +31,7 @@ class Kept:
 
 
 def book(kept, **more):
-    settings = {"sizes": BatchSizes(((0, 2),)), "seq": 8, "flops": 5e5, "precision": "fp32"}
+    settings = {"seq": 8, "flops": 5e5, "precision": "fp32"}
     settings |= {"numbers": {"lr": lambda count: 0.1 * count}}
     return Book([kept], Mesh("single"), **{**settings, **more})
 
@@ -46,14 +47,14 @@ def test_a_record_is_written_while_the_next_step_runs():
     for step in (1, 2, 3):
         order.append(("run", step))
         before = len(kept.records)
-        one.add(step, numbers(float(step)))
+        one.add(step, TAKEN, numbers(float(step)))
         order += [("read", r["step"]) for r in kept.records[before:]]
-    one.add(4, numbers(4.0), more=lambda: {"heldout_loss": 2.0})  # what is measured now goes with this step
+    one.add(4, TAKEN, numbers(4.0), more=lambda: {"heldout_loss": 2.0})  # what is measured now goes with this step
     one.write()
     assert order == [("run", 1), ("run", 2), ("read", 1), ("run", 3), ("read", 2)]
     assert [r["step"] for r in kept.records] == [1, 2, 3, 4] and kept.records[-1]["heldout_loss"] == 2.0
     soon = Kept()
-    book(soon, late=False).add(1, numbers(1.0))  # on a CPU a step is over when it returns
+    book(soon, late=False).add(1, TAKEN, numbers(1.0))  # on a CPU a step is over when it returns
     assert len(soon.records) == 1 and "wide" not in soon.records[0]
 
 
@@ -85,9 +86,9 @@ def test_goodput_is_the_time_of_steps_that_count():
     one = book(kept, past=Past(useful=2.0, skipped=1, started=time.time() - 10.0))
     for step, skipped in ((7, 1), (8, 2), (9, 2)):
         time.sleep(0.01)
-        one.add(step, numbers(1.0, skipped))
+        one.add(step, TAKEN, numbers(1.0, skipped))
     one.restart("checkpoint")
-    one.add(10, numbers(1.0, 2))
+    one.add(10, TAKEN, numbers(1.0, 2))
     useful = 2.0
     for record, counts in zip(kept.records, (True, False, True, True), strict=True):
         useful += record["seconds"] if counts else 0.0
@@ -103,13 +104,13 @@ def test_parts_of_a_step_add_up():
     parts = clock.seconds()
     assert list(parts) == ["data", "forward_backward", "optimizer"] and all(0.009 < x < 0.2 for x in parts.values())
     kept = Kept()
-    book(kept).add(1, numbers(1.0), clock)
+    book(kept).add(1, TAKEN, numbers(1.0), clock)
     assert {f"time/{part}": x for part, x in parts.items()}.items() <= kept.records[0].items()
 
 
 def test_perplexity_and_unigram():
     kept = Kept()
-    book(kept).add(1, numbers(9.0) | {"ce": torch.tensor(math.log(20.0)), "unigram": torch.tensor(5.0)})
+    book(kept).add(1, TAKEN, numbers(9.0) | {"ce": torch.tensor(math.log(20.0)), "unigram": torch.tensor(5.0)})
     record = kept.records[0]
     assert record["perplexity"] == pytest.approx(20.0) and record["loss"] == 9.0 and "unigram" not in record
     assert record["unigram_normalised_loss"] == pytest.approx(math.log(20.0) - 5.0) and record["unigram_loss"] == 5.0
