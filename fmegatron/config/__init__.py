@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from fmegatron import toml
 from fmegatron.config.batch import BatchSizes
-from fmegatron.config.data import Data, Streaming
+from fmegatron.config.data import Data as Data
+from fmegatron.config.data import Streaming as Streaming
 from fmegatron.config.faults import Faults, Local
 from fmegatron.config.fp8 import Fp8
 from fmegatron.config.monitors import Log, Monitors, Profile, Validation
