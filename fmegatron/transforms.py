@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.autograd.graph import get_gradient_edge
 
 from fmegatron import tree
 from fmegatron.tree import Tree
@@ -92,9 +93,21 @@ class Func:
 
 
 # -- torch.autograd -------------------------------------------------------------------------------------------------
+class _Enter(torch.autograd.Function):
+    """Tensors as the inputs of a graph whose gradients are asked for at their edges: a leaf would keep their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise AssertionError("gradients stop at the edges")
+
+
 @dataclass(frozen=True)
 class Autograd:
-    """A graph recorded on detached leaves, which share memory with the tensors given."""
+    """A graph recorded on aliases of the tensors given. It keeps the memory of none but those that its operators save."""
 
     @property
     def light(self) -> Engine:
@@ -103,22 +116,25 @@ class Autograd:
 
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
-        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        moving = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+        shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        inside = [leaf.detach() for leaf in leaves]
         with torch.enable_grad():
-            out = self.call(fn, spec, leaves, rest, kind)
-        outputs = {name: y for name, y in out.items() if y.requires_grad}
-        moving = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+            aliases = _Enter.apply(torch.empty(0, requires_grad=True), *(inside[i] for i in moving))
+            for i, alias in zip(moving, aliases, strict=True):
+                inside[i] = alias
+            out = self.call(fn, spec, inside, rest, kind)
+        asked = [get_gradient_edge(alias) for alias in aliases]
+        outputs = {name: (get_gradient_edge(y), y.dtype) for name, y in out.items() if y.requires_grad}
 
         def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
-            names = [name for name in outputs if name in cotangents]
+            given = [(*outputs[name], cotangents[name]) for name in outputs if name in cotangents]
             found = torch.autograd.grad(
-                [outputs[name] for name in names],
-                [leaves[i] for i in moving],
-                [cotangents[name].to(outputs[name].dtype) for name in names],
-                allow_unused=True,
+                [edge for edge, _, _ in given], asked, [x.to(dtype) for _, dtype, x in given], allow_unused=True
             )
             grads = dict(zip(moving, found, strict=True))
-            filled = [torch.zeros_like(x) if grads.get(i) is None else grads[i] for i, x in enumerate(leaves)]
+            filled = [grads[i] if grads.get(i) is not None else torch.zeros(shape, dtype=dtype, device=device)
+                      for i, (shape, dtype, device) in enumerate(shapes)]
             return tree.unflatten(spec, filled)
 
         return {name: y.detach() for name, y in out.items()}, frozenset(outputs), pullback

@@ -64,7 +64,7 @@ class Training(BatchSizes, Precision):
     steps: int = option(1000, "steps in all; a skipped one counts too", at_least=0)
     global_batch: int = option(32, "samples in a step, over all ranks", at_least=1)
     microbatches: int = option(1, "parts that a step is computed in, one after another", at_least=1)
-    remat: str = option("none", "none, full, selective, or every-K: which activations are computed again")
+    remat: str = option("none", "none, full, selective, every-K: computed again; offload-K, POLICY+offload: on the host")
     kernels: Literal["reference", "triton", "auto"] = option("auto", "of norms, activations, loss ...; auto: triton on CUDA")
     compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
     prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)

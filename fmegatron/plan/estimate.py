@@ -15,7 +15,8 @@ from fmegatron.train import setup
 
 @dataclass(frozen=True)
 class Estimate:
-    """A planned step; `report.py` prints it. Memory and traffic are one rank's, of the fullest stage, in bytes.
+    """A planned step; `report.py` prints it. Memory (host: in host memory) and traffic are one rank's, of the fullest stage,
+    in bytes.
 
     flops: the model's, of all ranks, by Megatron-LM's formula (causal attention halved). mfu counts attention whole, as
     published tables do; mfu_causal halves it. seconds: the parts of step_seconds. collectives: of a step, as one rank sends
@@ -44,6 +45,7 @@ class Estimate:
     bubble: float
     memory_bytes: int
     memory: dict[str, int]
+    host: dict[str, int]
     device_memory: int
     fits: bool
     binds: str
@@ -72,6 +74,7 @@ def estimate(
     blocking = sum(use.exposed_seconds for axis, use in axes.items() if axis not in DATA)
     seconds["pipeline waits"] = waits * (1 + blocking / busy)
     seconds["optimizer"] = _update(machine, study)
+    seconds["host link"] = _link(machine, study.work.link(study.layers), busy / m) * m
     step = sum(seconds.values())
     peak = device.flops[t.dtype] * ranks
     limit = run.memory * 1e9 if run.memory is not None else device.memory
@@ -99,6 +102,7 @@ def estimate(
         bubble=pipeline.bubble(p.schedule, stages, p.virtual, m),
         memory_bytes=memory["peak"],
         memory=memory,
+        host=study.host,
         device_memory=int(limit),
         fits=fits,
         binds=_binds(seconds, step) if fits else f"memory: a rank needs {memory['peak'] / 1e9:.1f} GB of {limit / 1e9:.0f} GB",
@@ -132,6 +136,12 @@ def _update(machine: Machine, study: Study) -> float:
     moved = study.work.counts["update"](study.layers).moved
     moved = 3.5 * study.optimizer_bytes if machine.execution.fused else moved
     return moved / (machine.device.bandwidth * machine.efficiency.bytes)
+
+
+def _link(machine: Machine, moved: float, busy: float) -> float:
+    """Seconds in which a microbatch waits for host memory: half is sent under its forward, half comes under its backward."""
+    each = moved / 2 / (machine.device.host * machine.efficiency.links)
+    return max(0.0, each - busy / 3) + max(0.0, each - busy * 2 / 3)
 
 
 def _binds(seconds: dict[str, float], step: float) -> str:

@@ -19,6 +19,7 @@ class Hardware:
     """flops: {dtype: dense peak FLOP/s}. memory: bytes. bandwidth, inside, across: bytes/s, of links in one direction.
 
     latency: seconds until a collective's first byte, (inside, across). node: devices that share the link inside.
+    host: bytes/s to and from host memory, each.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Hardware:
     across: float
     latency: tuple[float, float] = (1e-5, 3e-5)
     node: int = 8
+    host: float = 64e9
 
     def link(self, stride: int, size: int) -> tuple[Literal["inside", "across"], float]:
         """The link of a mesh axis and its bytes/s for one rank: `size` ranks, `stride` apart."""
@@ -56,13 +58,14 @@ def _flops(bf16: float, tf32: float, fp32: float, **more: float) -> MappingProxy
 
 
 # Peaks: the sources in train/flops.py. Memory and links: the same data sheets. Networks: one 400 Gb/s adapter a device
-# (A100: 200 Gb/s), as in NVIDIA's reference designs. cpu: one core of about 2.5 GHz with AVX2, gloo on one host.
+# (A100: 200 Gb/s), as in NVIDIA's reference designs; hosts: PCIe 5 (A100: 4) of 16 lanes. cpu: one core of about 2.5 GHz with
+# AVX2, gloo on one host.
 HARDWARE = MappingProxyType({
     "h100": Hardware("h100", _flops(989.4e12, 494.7e12, 66.9e12, fp8=1978.9e12), 80e9, 3.35e12, 450e9, 50e9),
     "h200": Hardware("h200", _flops(989.4e12, 494.7e12, 66.9e12, fp8=1978.9e12), 141e9, 4.8e12, 450e9, 50e9),
-    "a100": Hardware("a100", _flops(312e12, 156e12, 19.5e12), 80e9, 2.039e12, 300e9, 25e9),
+    "a100": Hardware("a100", _flops(312e12, 156e12, 19.5e12), 80e9, 2.039e12, 300e9, 25e9, host=32e9),
     "b200": Hardware("b200", _flops(2250e12, 1125e12, 75e12, fp8=4500e12), 180e9, 7.7e12, 900e9, 50e9),
-    "cpu": Hardware("cpu", _flops(80e9, 80e9, 80e9), 16e9, 10e9, 1e9, 1e9, latency=(1e-4, 1e-4)),
+    "cpu": Hardware("cpu", _flops(80e9, 80e9, 80e9), 16e9, 10e9, 1e9, 1e9, latency=(1e-4, 1e-4), host=10e9),
 })  # fmt: skip
 
 

@@ -40,6 +40,12 @@ def memory_of(
     return max(found, key=lambda kinds: kinds["peak"])
 
 
+def host_of(layers: int, work: Work, schedule: str, stages: int, virtual: int, microbatches: int) -> dict[str, int]:
+    """Bytes that a rank keeps in host memory, by kind: those of the stage with most microbatches under way."""
+    flying = pipeline.in_flight(schedule, stages, virtual, microbatches, 0)
+    return {"activations": round(flying * work.host(layers))}
+
+
 def leaves_of(model: Model, leaves: Sequence[LeafRow], first: bool, last: bool) -> list[LeafRow]:
     """A stage's leaves, of those of its layers and both ends."""
     order = [node.is_layer for node in model.chain]

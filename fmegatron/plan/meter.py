@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
+
+from fmegatron.offload import Plain, Wait
 
 aten = torch.ops.aten
 ATTENTION = (aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward)
@@ -52,29 +54,15 @@ class Count:
         return self + other * -1.0
 
 
-class Meter(TorchDispatchMode):
-    """Counts what runs while it is entered, for each label; the label is set from outside.
-
-    counts: {label: Count}. peaks: {label: most bytes of tensor storages alive after one of its operators}; what was alive
-    before is alive only if it was told (`hold`). marks: bytes alive at moments that somebody wanted to keep.
-    """
+class Alive:
+    """The storages of a memory that are alive. bound: at least their bytes, as nobody tells when a storage shrinks."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.label = ""
-        self.counts: dict[str, Count] = {}
-        self.peaks: dict[str, int] = {}
-        self.marks: dict[str, int] = {}
+        self.bound = 0
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
-        self._bound = 0  # at least what is alive: nobody tells when a storage shrinks
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.hold(_tensors(out))
-        self.counts[self.label] = self.counts.get(self.label, Count()) + count(func, args, kwargs or {}, out)
-        if self._bound > self.peaks.get(self.label, -1):
-            self.peaks[self.label] = max(self.peaks.get(self.label, 0), self.alive())
-        return out
+    def __contains__(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._alive
 
     def hold(self, values: Iterable[Tensor]) -> None:
         """Tensors to count as alive for as long as they are."""
@@ -85,20 +73,75 @@ class Meter(TorchDispatchMode):
             if ref is None or ref() is None:
                 ref = weakref.ref(storage, partial(self._drop, key))
             self._alive[key] = (ref, size)
-            self._bound += size - before
+            self.bound += size - before
 
-    def alive(self) -> int:
+    def bytes(self) -> int:
         """Bytes of the storages that are alive now."""
         for key, (ref, _) in list(self._alive.items()):
             storage = ref()
             if storage is not None:
                 self._alive[key] = (ref, storage.nbytes())
-        self._bound = sum(size for _, size in self._alive.values())
-        return self._bound
+        self.bound = sum(size for _, size in self._alive.values())
+        return self.bound
 
     def _drop(self, key: int, ref: Any) -> None:
         if key in self._alive and self._alive[key][0] is ref:  # the address may be another storage's by now
-            self._bound -= self._alive.pop(key)[1]
+            self.bound -= self._alive.pop(key)[1]
+
+
+class Meter(TorchDispatchMode):
+    """Counts what runs while it is entered, for each label; the label is set from outside.
+
+    counts: {label: Count}. peaks: {label: most bytes of tensor storages alive after one of its operators}; what was alive
+    before is alive only if it was told (`hold`). marks: bytes alive at moments that somebody wanted to keep. It is the
+    transport of what waits in host memory too: that counts as `host`, its copies under the label "link".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = ""
+        self.counts: dict[str, Count] = {}
+        self.peaks: dict[str, int] = {}
+        self.marks: dict[str, int] = {}
+        self.host = 0  # most bytes
+        self._device, self._host = Alive(), Alive()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.hold(x for x in _tensors(out) if x not in self._host)
+        self.counts[self.label] = self.counts.get(self.label, Count()) + count(func, args, kwargs or {}, out)
+        if self._device.bound > self.peaks.get(self.label, -1):
+            self.peaks[self.label] = max(self.peaks.get(self.label, 0), self.alive())
+        return out
+
+    def hold(self, values: Iterable[Tensor]) -> None:
+        """Tensors to count as alive for as long as they are."""
+        self._device.hold(values)
+
+    def alive(self) -> int:
+        """Bytes of the storages that are alive now."""
+        return self._device.bytes()
+
+    def out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
+        """Copies that count as host memory."""
+        with _disable_current_modes():
+            made, wait = Plain().out(xs)
+        self.keep(made)
+        self.counts["link"] = self.counts.get("link", Count()) + Count(moved=sum(map(_size, xs)))
+        return made, wait
+
+    def back(self, xs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Wait]:
+        """Copies that count as the device's."""
+        self.counts["link"] = self.counts.get("link", Count()) + Count(moved=sum(map(_size, xs)))
+        with _disable_current_modes():
+            made, wait = Plain().back(xs, device)
+        self.hold(made)
+        return made, wait
+
+    def keep(self, values: Iterable[Tensor]) -> None:
+        """Tensors in host memory."""
+        self._host.hold(values)
+        self.host = max(self.host, self._host.bytes())
 
 
 def count(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Count:
@@ -120,6 +163,10 @@ def _attention(backward: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     causal = args[7] if backward else (args[4] if len(args) > 4 else kwargs.get("is_causal", False))
     batch, heads, length, hd = q.shape
     return (10 if backward else 4) * batch * heads * length * k.shape[2] * hd * (0.5 if causal else 1.0)
+
+
+def _size(x: Tensor) -> float:
+    return float(x.numel() * x.element_size())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

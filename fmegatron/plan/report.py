@@ -23,6 +23,7 @@ def to_text(plan: Estimate) -> str:
         f"{plan.dtype}, pipeline {plan.schedule}",
     ]
     memory = [["memory of a rank, eager", "GB"], *([kind, f"{n / 1e9:,.2f}"] for kind, n in plan.memory.items())]
+    memory += [[f"{kind} in host memory", f"{n / 1e9:,.2f}"] for kind, n in plan.host.items() if n]
     memory.append(["device", f"{plan.device_memory / 1e9:,.2f}"])
     axes = [["axis", "link", "ranks", "collectives", "GB sent", "seconds", "not hidden", "FLOP/byte", "link's ridge"]]
     for axis, use in plan.axes.items():

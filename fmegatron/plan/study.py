@@ -11,7 +11,7 @@ from fmegatron.models import Model
 from fmegatron.optim import Transform
 from fmegatron.plan.config import PlanConfig
 from fmegatron.plan.legal import fullest
-from fmegatron.plan.memory import memory_of
+from fmegatron.plan.memory import host_of, memory_of
 from fmegatron.plan.seconds import per_microbatch
 from fmegatron.plan.work import Work, evenly_loaded, first_layers, work_of
 from fmegatron.sharding import Sharding, abstract_mesh
@@ -23,7 +23,8 @@ from fmegatron.train.remat import parse_remat
 
 @dataclass(frozen=True)
 class Study:
-    """layers: of a stage. micro, once: what a rank sends in a microbatch, and at the end of the step. memory: by kind.
+    """layers: of a stage. micro, once: what a rank sends in a microbatch, and at the end of the step. memory,
+    host: by kind.
 
     optimizer_bytes: of its state on a rank. flops, whole: the model's in a step, causal attention halved or not. attention:
     a rank's FLOPs of it in a step where the causal half is shared evenly.
@@ -37,6 +38,7 @@ class Study:
     micro: tuple[Row, ...]
     once: tuple[Row, ...]
     memory: dict[str, int]
+    host: dict[str, int]
     optimizer_bytes: int
     flops: float
     whole: float
@@ -82,6 +84,7 @@ def study(run: PlanConfig, model: Model) -> Study:
         micro=tuple(micro),
         once=tuple(once),
         memory=memory_of(stage, one.leaves, work, run.pipeline.schedule, stages, run.pipeline.virtual, m),
+        host=host_of(layers, work, run.pipeline.schedule, stages, run.pipeline.virtual, m),
         optimizer_bytes=one.per_rank["optimizer"],
         flops=flops,
         whole=whole,

@@ -47,11 +47,14 @@ class Work:
     """Of one rank, by number of layers. counts: by part, of a microbatch, "update" of a step.
 
     peaks: bytes alive, by part, with one microbatch in flight. kept: bytes that a microbatch's forward leaves for its backward.
+    host: bytes of it in host memory. link: bytes that a microbatch sends to and from there.
     """
 
     counts: dict[str, Line]
     peaks: dict[str, Line]
     kept: Line
+    host: Line
+    link: Line
 
 
 def work_of(
@@ -71,8 +74,10 @@ def work_of(
     """
     layers = [node for node in model.chain if node.is_layer]
     start, period = _period([node.fn for node in layers])
-    period = math.lcm(period, max(parse_remat(remat).every, 1))
-    many = min(len(layers), start + period * max(4, -(-(prefetch + 2) // period)))  # so that the fewer have an inside too
+    policy = parse_remat(remat)
+    period = math.lcm(period, max(policy.every, 1))
+    window = max(prefetch, (policy.held or 0) * max(policy.every, 1))
+    many = min(len(layers), start + period * max(4, -(-(window + 2) // period)))  # so that the fewer have an inside too
     few = many - period if many > start + period else many
     parts = min(microbatches, 2)
     shared: dict[str, Any] = {"microbatches": parts, "remat": remat, "prefetch": prefetch} | settings
@@ -95,6 +100,8 @@ def work_of(
         counts={part: counts(part) for part in PARTS},
         peaks={part: line(partial(_peak, part)) for part in PARTS},
         kept=line(lambda meter: meter.marks["after"] - meter.marks["before"]),
+        host=line(lambda meter: meter.host),
+        link=line(lambda meter: meter.counts.get("link", Count()).moved / parts),
     )
 
 
@@ -134,9 +141,10 @@ def first_layers(model: Model, n: int) -> Model:
     return replace(model, chain=chain, declare=tree.from_paths(declare))
 
 
-def _rehearsed(model: Model, sharding: Sharding, tx: Transform, **settings: Any) -> Meter:
+def _rehearsed(model: Model, sharding: Sharding, tx: Transform, *, remat: str, **settings: Any) -> Meter:
     """The meter after a step."""
     meter = Meter()
+    policy = replace(parse_remat(remat), copies=meter)
     first = next((i for i, node in enumerate(model.chain) if node.is_layer), len(model.chain))
     part = {node.fn: "layer" if node.is_layer else "tail" for node in model.chain[first:]}
     layers = sum(node.is_layer for node in model.chain)
@@ -150,7 +158,7 @@ def _rehearsed(model: Model, sharding: Sharding, tx: Transform, **settings: Any)
 
         return update
 
-    practice = rehearse(model, sharding, engine, tx=tx, finish=finish, **settings)
+    practice = rehearse(model, sharding, engine, tx=tx, finish=finish, remat=policy, **settings)
     meter.hold(practice.held)
     meter.label = "rest"
     with Fused(), meter:

@@ -3,8 +3,8 @@
     forward    for node in chain:            gather its parameters, run it, keep its graph (or only what it read)
     backward   for node in reversed(chain):  its gradients, given away at once
 
-Not keeping a node's graph is remat, gathering early is prefetch. A node that may be cut into parts (the loss) runs
-backward part by part in the forward walk, so that one part's logits are all that ever exists.
+Not keeping a node's graph is remat, gathering early is prefetch, keeping elsewhere what it saved is offload. A node that may
+be cut into parts (the loss) runs backward part by part in the forward walk, so that one part's logits are all that ever exists.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmegatron import random, tree
 from fmegatron.models.model import Node, Values
+from fmegatron.offload import Offload, Saved, Stash, unpack, watching
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.moments import joined, numbered
 from fmegatron.split import Halves
@@ -37,6 +38,7 @@ class Step:
     gradients: Gradients
     seeds: Mapping[str, Tensor]
     key: Tensor | None
+    offload: Offload = field(default_factory=Offload)  # that of its walk
     cotangents: dict[str, Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,6 +50,7 @@ class Ran:
     node: Node
     own: Tree
     pullback: Pullback | None
+    stash: Stash | None
 
 
 @dataclass
@@ -56,9 +59,10 @@ class Segment:
 
     nodes: list[Node]
     again: bool
-    saved: Values
+    saved: Mapping[str, Tensor | Saved]
     moving: frozenset[str]
     ran: list[Ran]
+    stash: Stash | None
 
 
 def backward_visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
@@ -91,17 +95,18 @@ def walk_forward(
 ) -> tuple[Values, frozenset[str], list[Segment]]:
     """Run nodes; all values, the names of those that depend on parameters, and what the backward needs."""
     tape: list[Segment] = []
+    step.offload = remat.offload(chain)
     for nodes, again in remat.segments(chain):
-        before, moved_before, ran = values, moving, []
+        reads = {name for node in nodes for name in node.reads} if again else set()
+        stash = step.offload.open([x for name, x in values.items() if name not in moving]) if again else None
+        saved = {name: stash.pack(x) if stash else x for name, x in values.items() if name in reads}
+        tape.append(segment := Segment(nodes, again, saved, moving, [], stash))
         for node in nodes:
-            values, moving, done = forward(node, step, values, moving)
+            values, moving, done = forward(node, step, values, moving, kept=not again)
             if not again:
-                ran.append(done)
+                segment.ran.append(done)
             step.weights.leave(node, done.own)
-        reads = {name for node in nodes for name in node.reads}
-        saved = {name: x for name, x in before.items() if name in reads} if again else {}
-        tape.append(Segment(nodes, again, saved, moved_before, ran))
-        del before
+        step.offload.close(stash, values.values())
     step.cotangents.update({name: step.seeds[name.removeprefix("loss.")] for name in values if name.startswith("loss.")})
     return values, moving, tape
 
@@ -111,30 +116,43 @@ def walk_backward(tape: list[Segment], step: Step, pull: Callable[[Ran, Step, bo
     pull = pull or backward
     while tape:
         segment = tape.pop()
-        again, nodes, saved, moving, ran = segment.again, segment.nodes, segment.saved, segment.moving, segment.ran
+        again, nodes, moving, ran, stash = segment.again, segment.nodes, segment.moving, segment.ran, segment.stash
+        step.offload.ready(stash)
+        saved = {name: unpack(x) for name, x in segment.saved.items()}
         del segment
         for node in nodes if again else ():
             saved, moving, done = forward(node, step, saved, moving, again=True)
             ran.append(done)
         del saved
         while ran:
-            pull(ran.pop(), step, not again)
+            one = ran.pop()
+            step.offload.ready(one.stash)
+            pull(one, step, not again)
+            step.offload.done(one.stash)
+        step.offload.done(stash)
 
 
 def forward(
-    node: Node, step: Step, values: Values, moving: frozenset[str], again: bool = False
+    node: Node, step: Step, values: Values, moving: frozenset[str], again: bool = False, kept: bool = False
 ) -> tuple[Values, frozenset[str], Ran]:
-    """Run one node. moving: names of values that depend on parameters. again: it ran before, and its taps are known."""
+    """Run one node. moving: names of values that depend on parameters. again: it ran before, and its taps are known. kept:
+    until the backward walk, and so are its residuals.
+    """
     own = step.weights.take(node)
     reads = node.given(values)
     if node.chunks:
         losses = in_parts(node, step, own, reads, moving)
-        return {**values, **losses}, moving, Ran(node, own, None)
-    out, moved, pullback = differentiate(node, step, own, reads, moving, again)
+        return {**values, **losses}, moving, Ran(node, own, None, None)
+    fixed = [*tree.leaves(own), *(x for name, x in reads.items() if name not in moving)]
+    stash = step.offload.open(fixed) if kept and node.layer is not None else None
+    with watching(stash):
+        out, moved, pullback = differentiate(node, step, own, reads, moving, again)
     if not again:
         add_taps(step.taps, out, node.index)
     new = {name: x for name, x in out.items() if not name.startswith("tap.")}
-    return {**values, **new}, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback)
+    values = {**values, **new}
+    step.offload.close(stash, values.values())
+    return values, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback, stash)
 
 
 def differentiate(

@@ -118,13 +118,15 @@ def plan_step(
     """
     precision.check(dtype, semisync is not None)
     every, sh = sh, inside(sh)
-    placed = None
+    policy, placed = parse_remat(remat, sh.mesh.device) if isinstance(remat, str) else remat, None
     if pipeline is not None:
         schedule = pipeline.schedule
         if microbatches not in (1, schedule.microbatches):
             raise ValueError(f"microbatches = {microbatches}, but schedule {schedule.name} has {schedule.microbatches}")
         if compile and schedule.splits:
             raise ValueError(f"schedule {schedule.name} splits backwards, compiled blocks cannot: use 1f1b or compile=False")
+        if policy.held is not None and schedule.splits:
+            raise ValueError(f"schedule {schedule.name} splits backwards, offload cannot: use 1f1b, or remat without offload")
         if async_tp > 1 and schedule.splits:
             raise ValueError(f"schedule {schedule.name} splits backwards, products in chunks cannot: use 1f1b or async_tp=1")
         placed = place_pipeline(pipeline, model, sh.mesh)
@@ -136,7 +138,6 @@ def plan_step(
     if compile and (missing := why_not_compile()) is not None:
         raise ValueError(f"compile: {missing}; use compile=False to run eager")
     sh = replace(sh.bind(model.sizes), kernels=choose(kernels, torch.device(sh.mesh.device)))
-    policy = parse_remat(remat) if isinstance(remat, str) else remat
     sh = sh.recomputing(policy.recompute) if policy.parts else sh
     if sum_dtype is not None and reduce_dtype is None:
         raise ValueError(f"sum_dtype = {sum_dtype}: it is of gradients that travel in fewer bits, give reduce_dtype too")

@@ -14,6 +14,7 @@ from fmegatron.nn.moe import Moe
 from fmegatron.plan.meter import Meter
 from fmegatron.plan.work import _period, first_layers, work_of
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard
+from fmegatron.train.remat import parse_remat
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
 
@@ -28,23 +29,24 @@ def tx(model):
 
 
 def real(c, sh, donate=True, **settings):
-    """The most bytes alive in a step of real tensors; on an abstract mesh only the peers are missing."""
-    model = gpt(c)
-    state, step = init(model, tx(model), sh), make_step(model, tx(model), sh, donate=donate, **settings)
+    """The most bytes alive in a step of real tensors, on the device and in host memory; on an abstract mesh only the peers
+    are missing."""
+    model, meter = gpt(c), Meter()
+    policy = replace(parse_remat(settings.pop("remat", "none")), copies=meter)
+    state, step = init(model, tx(model), sh), make_step(model, tx(model), sh, donate=donate, remat=policy, **settings)
     tokens = torch.zeros(BATCH, dtype=torch.int64)
     values = dict.fromkeys(NAMES, tokens) | {"weights": torch.ones(BATCH), "sample": torch.arange(BATCH[0])}
     data = {key: shard(sh, values[key], names) for key, names in FIELDS.items()}
     del values, tokens
-    meter = Meter()
     meter.hold([*tree.leaves(state), *data.values()])
     with meter:
         step(state, data)
-    return max(meter.peaks.values())
+    return max(meter.peaks.values()), meter.host
 
 
 def predicted(c, sh, **settings):
     work = work_of(gpt(c), sh, tx, batch=BATCH, fields=FIELDS, **({"donate": True} | settings))
-    return max(line(c.layers) for line in work.peaks.values())
+    return max(line(c.layers) for line in work.peaks.values()), work.host(c.layers)
 
 
 def on_cpu(**sizes):
@@ -54,6 +56,9 @@ def on_cpu(**sizes):
 def cases():
     """Every remat with every rules; a Latin square of them in each run, in which each of both comes up."""
     yield pytest.param("every-2", 3, None, "fsdp", {"dp": 4}, id="every-2-fsdp")
+    yield pytest.param("offload", 3, None, "single", {}, id="offload-single")
+    for remat, rules, sizes in (("offload-1", "fsdp", {"dp": 4}), ("full+offload", "tp", {"tp": 2})):
+        yield pytest.param(remat, 1, torch.bfloat16, rules, sizes, marks=pytest.mark.long, id=f"{remat}-{rules}")
     for i, (remat, microbatches) in enumerate([("none", 1), ("selective", 3), ("full", 1)]):
         for j, (rules, sizes, dtype) in enumerate([
             ("single", {}, None), ("fsdp", {"dp": 4}, torch.bfloat16), ("tp", {"tp": 2}, None),
@@ -71,12 +76,14 @@ def test_prediction_is_what_a_real_step_holds(remat, microbatches, dtype, rules,
     said = predicted(C, Sharding(abstract_mesh(**sizes), RULES[rules]), **settings)
     assert said == pytest.approx(measured, rel=0.10)
     assert said == pytest.approx(measured, rel=0.03)  # what it reaches
+    assert (measured[1] > 0) == ("offload" in remat)
 
 
 def test_what_is_not_kept_is_seen():
     sh = Sharding(abstract_mesh(dp=2), RULES["fsdp"])
-    assert predicted(C, sh, remat="full") < 0.7 * predicted(C, sh)
-    assert predicted(C, sh, donate=False) > predicted(C, sh, remat="full")
+    (full, _), (none, _) = predicted(C, sh, remat="full"), predicted(C, sh)
+    assert full < 0.7 * none
+    assert predicted(C, sh, donate=False)[0] > full
 
 
 def test_layers_of_two_kinds_repeat_with_their_period():
