@@ -117,25 +117,21 @@ class Autograd:
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Hashable = None) -> Derivative:
         leaves, spec = tree.flatten(wrt)
         moving = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
-        shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        like: list[tuple[Any, dict[str, Any]]] = [(x.shape, {"dtype": x.dtype, "device": x.device}) for x in leaves]
         inside = [leaf.detach() for leaf in leaves]
         with torch.enable_grad():
             aliases = _Enter.apply(torch.empty(0, requires_grad=True), *(inside[i] for i in moving))
-            for i, alias in zip(moving, aliases, strict=True):
-                inside[i] = alias
-            out = self.call(fn, spec, inside, rest, kind)
+            entered = dict(zip(moving, aliases, strict=True))
+            out = self.call(fn, spec, [entered.get(i, x) for i, x in enumerate(inside)], rest, kind)
         asked = [get_gradient_edge(alias) for alias in aliases]
         outputs = {name: (get_gradient_edge(y), y.dtype) for name, y in out.items() if y.requires_grad}
 
-        def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
-            given = [(*outputs[name], cotangents[name]) for name in outputs if name in cotangents]
-            found = torch.autograd.grad(
-                [edge for edge, _, _ in given], asked, [x.to(dtype) for _, dtype, x in given], allow_unused=True
-            )
-            grads = dict(zip(moving, found, strict=True))
-            filled = [grads[i] if grads.get(i) is not None else torch.zeros(shape, dtype=dtype, device=device)
-                      for i, (shape, dtype, device) in enumerate(shapes)]
-            return tree.unflatten(spec, filled)
+        def pullback(arrived: Mapping[str, Tensor]) -> Tree:
+            given = [(*outputs[name], arrived[name]) for name in outputs if name in arrived]
+            edges, cotangents = [edge for edge, _, _ in given], [x.to(dtype) for _, dtype, x in given]
+            found = torch.autograd.grad(edges, asked, cotangents, allow_unused=True)
+            grads = {i: x for i, x in zip(moving, found, strict=True) if x is not None}
+            return tree.unflatten(spec, [grads[i] if i in grads else torch.zeros(n, **of) for i, (n, of) in enumerate(like)])
 
         return {name: y.detach() for name, y in out.items()}, frozenset(outputs), pullback
 
