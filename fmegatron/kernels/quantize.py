@@ -194,6 +194,17 @@ def scaled(x: Tensor, format: Format, scaling: Scaling, factor: Tensor, scale: T
     return Quantized(format.round(_blocks(x, scaling) * factor).reshape(x.shape), scale)
 
 
+def largest_of(top: Tensor) -> Tensor:
+    """A largest value in the dtype of scales."""
+    return top.to(torch.promote_types(top.dtype, torch.float32))
+
+
+def eight_bits(x: Tensor, top: Tensor, recipe: Recipe) -> Tensor:
+    """A weight's shard, of any shape, as uint8: what `quantize` makes of the whole, whose largest value is top [0-D]."""
+    factor, _ = factors(top, recipe.format, recipe.weight)
+    return recipe.format.round(largest_of(x) * factor).view(torch.uint8)
+
+
 def multiply(a: Quantized, b: Quantized) -> Tensor:
     """a [m, inner] times b [n, inner] transposed: [m, n]; scales that are one along inner are multiplied in afterwards."""
     if a.scales.shape[2] == 1 and b.scales.shape[2] == 1:

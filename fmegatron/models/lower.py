@@ -21,7 +21,7 @@ from fmegatron import tree
 from fmegatron.kernels.quantize import Recipe
 from fmegatron.models.layers import layer_paths
 from fmegatron.models.model import Model, Node, NodeFn, Values
-from fmegatron.nn.lowbits import Lowered
+from fmegatron.nn.lowbits import PAYLOAD, TOP, Lowered
 from fmegatron.nn.param import Param, zeros
 from fmegatron.sharding import Sharding
 
@@ -38,10 +38,13 @@ class Weight(NamedTuple):
     path: str
 
 
-def lower(model: Model, recipes: Mapping[str, Recipe | None], *, first: int = 0, last: int = 0) -> Model:
+def lower(
+    model: Model, recipes: Mapping[str, Recipe | None], *, first: int = 0, last: int = 0, gather: bool = True
+) -> Model:
     """The model with the products of chosen weights by their recipes; `first` and `last` layers stay as they are.
 
-    A recipe None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing.
+    gather: stored shards of weights travel in 8 bits where their recipe has one scale for the whole weight (tensorwise). A
+    recipe None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing.
     """
     layers = sum(node.is_layer for node in model.chain)
     used: set[str] = set()
@@ -60,7 +63,10 @@ def lower(model: Model, recipes: Mapping[str, Recipe | None], *, first: int = 0,
         found = [(weight, recipe) for weight in weights_of(model, node) if (recipe := choose(weight.path)) is not None]
         delayed.extend((node.index, weight, recipe) for weight, recipe in found if recipe.name == "delayed")
         chosen = tuple((weight.inside, recipe) for weight, recipe in found)
-        return replace(node, fn=made.setdefault((node.fn, chosen), _with(node.fn, chosen))) if chosen else node
+        if not chosen:
+            return node
+        low = tuple((".".join(path), recipe) for path, recipe in chosen) if gather else ()
+        return replace(node, fn=made.setdefault((node.fn, chosen), _with(node.fn, chosen)), low=low)
 
     low = replace(model, chain=tuple(lowered(node) for node in model.chain))
     if idle := [pattern for pattern in recipes if pattern not in used]:
@@ -96,8 +102,9 @@ def _with(fn: NodeFn, chosen: Chosen) -> NodeFn:
 def _swap(p: Any, path: tuple[str, ...], recipe: Recipe, site: str) -> Any:
     """A tree with one weight lowered."""
     name, *rest = path
-    history = p.get(name + AMAX) if not rest else None
-    return {**p, name: _swap(p[name], tuple(rest), recipe, site) if rest else Lowered(p[name], recipe, history, site)}
+    if rest:
+        return {**p, name: _swap(p[name], tuple(rest), recipe, site)}
+    return {**p, name: Lowered(p[name], recipe, p.get(name + AMAX), site, p.get(name + PAYLOAD), p.get(name + TOP))}
 
 
 # -- delayed scaling ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fmegatron import random, tree
+from fmegatron.kernels.quantize import Recipe
 from fmegatron.nn import param
 from fmegatron.nn.param import Param
 from fmegatron.sharding import SINGLE, Sharding
@@ -46,6 +47,7 @@ class Node:
     light: cheap beside the layers and run once: a compiled step leaves it eager, it is not worth the compile.
     chunks: n > 0 says that all it reads may be cut along dim 1 into equal parts, and the results of the parts added;
         n is a good number of parts. Of the loss only one part's logits are then alive.
+    low: (dotted path inside, recipe) of weights that fn multiplies in few bits, and takes gathered so.
     """
 
     fn: NodeFn
@@ -59,6 +61,7 @@ class Node:
     linear: bool = False
     light: bool = False
     chunks: int = 0
+    low: tuple[tuple[str, Recipe], ...] = ()
 
     @property
     def is_layer(self) -> bool:

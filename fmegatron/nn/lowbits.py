@@ -27,6 +27,12 @@ from fmegatron.sharding.mesh import Axis
 from fmegatron.sharding.relayout import run
 
 Axes = tuple[Axis, ...]
+PAYLOAD, TOP = "_8bit", "_top"  # behind a weight's name: what it was gathered as
+
+
+def gathers(recipe: Recipe) -> bool:
+    """Whether weights of a recipe can be gathered in 8 bits: with one scale, of this step's largest value."""
+    return recipe.name == "tensorwise"
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,16 @@ class Lowered:
     """A weight inside a block, and the recipe of its products; `sh.einsum` takes it in place of a tensor.
 
     history: of delayed scaling, fp32 [2, steps], the newest last: the largest values of x and of the weight. site: its name,
-    under which the largest values of this step are tapped.
+    under which the largest values of this step are tapped. payload, top: the weight as it was gathered, in 8 bits (uint8), and
+    the whole one's largest value [0-D]; `tensor` then has its shape, dtype and gradient, but no values.
     """
 
     tensor: Tensor
     recipe: Recipe
     history: Tensor | None = None
     site: str = ""
+    payload: Tensor | None = None
+    top: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,9 +66,13 @@ class Lowered:
             raise ValueError(f"recipe {self.recipe.name}: {' '.join(plan.x)}, {' '.join(plan.w)} is no matmul")
         if sh.chunks > 1:
             raise ValueError(f"recipe {self.recipe.name} and products in {sh.chunks} chunks (async_tp): choose one of the two")
-        w, k = run(self.tensor, sh.rank, plan.right), form.contracted
-        tail = [w.shape[dim] for dim in form.order[k:]]
-        matrix = w.permute(*form.order[k:], *form.order[:k]).reshape(-1, x.shape[-k:].numel())
+        k = form.contracted
+
+        def flattened(w: Tensor) -> Tensor:
+            return w.permute(*form.order[k:], *form.order[:k]).reshape(-1, x.shape[-k:].numel())
+
+        w = run(self.tensor, sh.rank, plan.right)
+        tail, matrix = [w.shape[dim] for dim in form.order[k:]], flattened(w)
         names = plan.x[:-k], plan.x[-k:], tuple(plan.w[dim] for dim in form.order[k:])
         self._check(sh, names, (x.shape[-k - 1], matrix.shape[1], matrix.shape[0]))
         flat, on = x.flatten(-k).flatten(0, -2), lines(sh, plan, names, self.recipe, sh.kernels)
@@ -70,7 +83,11 @@ class Lowered:
         key = (plan.left, *names[:2], self.recipe, self.site if tops is not None else "")
         if key not in shared:
             shared[key] = operand(flat.detach(), sh.rank, on, None if tops is None else tops[0])
-        y: Tensor = _Linear.apply(flat, matrix, *shared[key], tops, sh.rank, on)
+        low: tuple[Tensor | None, ...] = (None, None)
+        if self.payload is not None and self.top is not None:
+            made = factors(self.top.reshape(1, 1, 1, 1), self.recipe.format, self.recipe.weight)
+            low = (flattened(run(self.payload, sh.rank, plan.right)).view(self.recipe.format.dtype), made[1])
+        y: Tensor = _Linear.apply(flat, matrix, *low, *shared[key], tops, sh.rank, on)
         return y.reshape(*x.shape[:-k], *tail)
 
     def _tops(self) -> Tensor | None:
@@ -130,38 +147,49 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, a: Tensor, a_scales: Tensor, at: Tensor | None, at_scales: Tensor | None, tops: Tensor | None,
-        rank: Tensor | None, on: Lines,
+        x: Tensor, w: Tensor, b: Tensor | None, b_scales: Tensor | None, a: Tensor, a_scales: Tensor, at: Tensor | None,
+        at_scales: Tensor | None, tops: Tensor | None, rank: Tensor | None, on: Lines,
     ) -> Tensor:
-        r = on.recipe
-        b = _quantize(w, r.format, r.weight, rank, on.columns, on.inner, None if tops is None else tops[1])
-        return multiply(Quantized(a, a_scales), b, x.dtype, on.form)
+        right = _weight(w, b, b_scales, rank, on, tops)
+        return multiply(Quantized(a, a_scales), right, x.dtype, on.form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, a, a_scales, at, at_scales, tops, rank, ctx.on = inputs
+        x, w, b, b_scales, a, a_scales, at, at_scales, tops, rank, ctx.on = inputs
         r: Recipe = ctx.on.recipe
         kept = (a, a_scales) if r.one else (at, at_scales)
-        ctx.save_for_backward(*(kept if r.wgrad else (x, None)), w, tops, rank)
+        ctx.dtype = w.dtype
+        ctx.save_for_backward(*(kept if r.wgrad else (x, None)), w if b is None else None, b, b_scales, tops, rank)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, scales, w, tops, rank), on = ctx.saved_tensors, ctx.on
+        (x, scales, w, low, low_scales, tops, rank), on = ctx.saved_tensors, ctx.on
         r, dtype = on.recipe, dy.dtype
         for axis in on.alike:
             dy = apply(dy, rank, Psum(axis))
         g = _quantize(dy, r.gradient, r.operand, rank, on.tokens, on.columns)
-        b = _quantize(w.mT, r.format, r.weight, rank, on.inner, on.columns, None if tops is None else tops[1])
+        b = _weight(w, low, low_scales, rank, on, tops, back=True)
         dx = multiply(g, b, dtype, on.form)
         if r.wgrad:
             g = g.mT if r.one else _quantize(dy.mT, r.gradient, r.operand, rank, on.columns, on.tokens)
             a = Quantized(x, scales)
-            dw = multiply(g, a.mT if r.one else a, w.dtype, on.form)
+            dw = multiply(g, a.mT if r.one else a, ctx.dtype, on.form)
         else:
-            dw = (dy.mT @ x).to(w.dtype)
+            dw = (dy.mT @ x).to(ctx.dtype)
         for axis in on.alike:
             dx, dw = apply(dx, rank, Once(axis)), apply(dw, rank, Once(axis))
-        return dx, dw, *(None,) * 7
+        return dx, dw, *(None,) * 9
+
+
+def _weight(
+    w: Tensor, low: Tensor | None, scales: Tensor | None, rank: Tensor | None, on: Lines, tops: Tensor | None,
+    back: bool = False,
+) -> Quantized:
+    """A weight [n, k] as a product takes it, or its transpose for the product back; low, scales: it as it was gathered."""
+    if low is not None and scales is not None:
+        return Quantized(low, scales).mT if back else Quantized(low, scales)
+    r, top, axes = on.recipe, None if tops is None else tops[1], (on.columns, on.inner)
+    return _quantize(w.mT if back else w, r.format, r.weight, rank, *(axes[::-1] if back else axes), top)
 
 
 def _quantize(

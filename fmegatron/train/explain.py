@@ -34,7 +34,7 @@ from fmegatron.train.leaves import Leaf
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
 from fmegatron.train.rehearsal import Rehearsal, local_shape, rehearse
 from fmegatron.train.step import Plan
-from fmegatron.train.weights import node_leaves
+from fmegatron.train.weights import gathered_low, node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree
 
@@ -176,6 +176,7 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
         if owner is not None:
             state[owner] += _bytes(x)
     rows = []
+    low = gathered_low(plan.model.chain, plan.leaves)
     for path, leaf in plan.leaves.items():
         gradient = leaf.optimizer if plan.sh.rules.reduce == "microbatch" else leaf.compute
         local = [math.prod(local_shape(plan.sh, leaf, place)) for place in (leaf.compute, leaf.storage, gradient)]
@@ -193,7 +194,7 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
                 storage_bytes=local[1] * torch.float32.itemsize,
                 optimizer_bytes=state[path],
                 gradient_bytes=local[2] * torch.float32.itemsize,
-                notes=_notes(sh, leaf),
+                notes=_notes(sh, leaf) + low.get(path, ()),
             )
         )
     return tuple(rows)

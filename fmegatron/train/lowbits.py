@@ -17,7 +17,7 @@ def lowered(c: RunConfig, model: Model) -> Model:
         found: dict[str, Recipe | None] = {pattern: _named(c, str(name)) for pattern, name in f.others.items()}
         if f.recipe is not None:
             found |= dict.fromkeys(f.match, _named(c, f.recipe))
-        return lower(model, found, first=f.first, last=f.last) if found else model
+        return lower(model, found, first=f.first, last=f.last, gather=f.gather) if found else model
     except ValueError as error:
         raise ConfigError(f"fp8: {error}") from None
 

@@ -3,6 +3,7 @@
 `Weights` walks the visits that a step will make to nodes, in order. Each visit hands out the node's parameters as they lie
 in use; the gather of the next visit's is already under way. What was gathered (or cast) is freed when the node is left:
 its bytes go, its tensors stay, so that a backward graph that saved them works again once `restore` has filled them.
+Weights of products of 8 bits travel in 8 bits where one scale serves the whole of them.
 A `Reshard` names the nodes that are not freed before their backward is over: memory for half of the gathers.
 """
 
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.kernels.quantize import Recipe, eight_bits, largest_of
 from fmegatron.models.model import Node
+from fmegatron.nn.lowbits import PAYLOAD, TOP, gathers
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.bucket import Finish, start
+from fmegatron.sharding.collectives import Pmax
+from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf
 from fmegatron.tree import Tree
 
@@ -33,6 +38,25 @@ def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
                 inner = full[len(path) + 1 :]
                 own[".".join(part for part in (name, inner) if part)] = leaf
     return own
+
+
+def travels_low(node: Node, name: str, leaf: Leaf) -> Recipe | None:
+    """The recipe by which a node's leaf is gathered in 8 bits; None: it is not, or not at all."""
+    recipe = dict(node.low).get(name)
+    return recipe if recipe is not None and leaf.gather and gathers(recipe) else None
+
+
+def gathered_low(chain: Sequence[Node], leaves: dict[str, Leaf]) -> dict[str, tuple[str, ...]]:
+    """{path: a note} for leaves that are multiplied in few bits and gathered: whether they travel so."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in chain:
+        own = node_leaves(node, leaves)
+        for name, recipe in node.low:
+            low = travels_low(node, name, own[name]) is not None
+            if own[name].gather:
+                say = "gathered in 8 bits" if low else f"gathered whole: {recipe.name} has no one scale to gather by"
+                found[own[name].path] = (say,)
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,10 +104,27 @@ class Weights:
         self.ahead = ahead
         self.pending: deque[tuple[Node, Finish]] = deque()
         self.whole: dict[str, Tensor] = {}  # leaves that need no gather, cast once for the whole step
+        self.tops: dict[tuple[str, int | None], Tensor] = {}  # largest values of whole weights that travel in 8 bits
 
     def plan(self, visits: Sequence[Node]) -> None:
         """Add visits to come."""
         self.visits.extend(visits)
+        low = {(leaf.path, node.layer): leaf for node in visits for name, leaf in node_leaves(node, self.leaves).items()
+               if travels_low(node, name, leaf) and (leaf.path, node.layer) not in self.tops}  # fmt: skip
+        if low:  # one small collective an axis, for the whole step
+            axes = {axis for leaf in low.values() for axis in leaf.storage.placed}
+            ops = [Pmax(axis) for axis in self.sh.mesh.axes if axis.name in axes]
+            tops = torch.stack([largest_of(self._cast(self._local(leaf, layer).abs().amax(), leaf))
+                                for (_, layer), leaf in low.items()])  # fmt: skip
+            self.tops |= dict(zip(low, run(tops, self.sh.rank, ops).unbind(0), strict=True))
+
+    def _local(self, leaf: Leaf, layer: int | None) -> Tensor:
+        x = self.params[leaf.path]
+        return x[layer] if leaf.stacked and layer is not None else x
+
+    def _sent(self, name: str, leaf: Leaf, node: Node) -> Tensor:
+        x, recipe = self._stored(leaf, node), travels_low(node, name, leaf)
+        return x if recipe is None else eight_bits(x, self.tops[leaf.path, node.layer], recipe)
 
     def _stored(self, leaf: Leaf, node: Node) -> Tensor:
         x = self.params[leaf.path]
@@ -102,16 +143,23 @@ class Weights:
     def _start_more(self) -> None:
         while self.visits and len(self.pending) <= self.ahead:
             node = self.visits.popleft()
-            own = node_leaves(node, self.leaves).values()
-            shards = [self._stored(leaf, node) for leaf in own]
-            self.pending.append((node, start(shards, [leaf.gather for leaf in own], self.sh.rank)))
+            own = node_leaves(node, self.leaves)
+            shards = [self._sent(name, leaf, node) for name, leaf in own.items()]
+            self.pending.append((node, start(shards, [leaf.gather for leaf in own.values()], self.sh.rank)))
 
     def take(self, node: Node) -> Tree:
         """The parameters of the next visit, which must be to `node`; or what was kept of its last one."""
         if node.index in self.kept:
             return self.kept[node.index]
-        values = self._next(node)(None)
-        own: Tree = tree.from_paths(dict(zip(node_leaves(node, self.leaves), values, strict=True)))
+        found: dict[str, Tensor] = {}
+        for (name, leaf), x in zip(node_leaves(node, self.leaves).items(), self._next(node)(None), strict=True):
+            if travels_low(node, name, leaf) is None:
+                found[name] = x
+            else:  # in place of the weight stands what has its shape and gradient, without memory
+                found[name + PAYLOAD], found[name + TOP] = x, (top := self.tops[leaf.path, node.layer])
+                dtype = self.dtype or self.params[leaf.path].dtype
+                found[name] = torch.zeros_like(top, dtype=dtype).expand(x.shape)
+        own: Tree = tree.from_paths(found)
         if self.keeps(node):
             self.kept[node.index] = own
         return own
@@ -144,7 +192,8 @@ class Weights:
         if not self.free:
             return []
         values: dict[str, Any] = tree.to_paths(own)
-        return [values[name] for name, leaf in node_leaves(node, self.leaves).items() if leaf.gather]
+        every = node_leaves(node, self.leaves).items()
+        return [values[name + PAYLOAD if travels_low(node, name, leaf) else name] for name, leaf in every if leaf.gather]
 
     def keeps(self, node: Node) -> bool:
         """Whether a node's parameters stay gathered from its forward to its backward."""
