@@ -1,15 +1,19 @@
 """Indices, tokenizing and rows beside megatron-core and tokenizers, interleaved in one process; memory in processes of its own.
 
-    python benchmarks/data.py [--rounds 7] [--results benchmarks/RESULTS.md]
+    python benchmarks/data.py [--only index,text,rows,memory] [--rounds 7] [--results benchmarks/RESULTS.md]
+
+Each part takes less than two minutes of an idle machine, and prints as it goes. `datasets` is raced where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,8 @@ from fmegatron.data.gpt import GptOptions, GptSamples
 from fmegatron.data.gpt_indices import _sample_index
 
 DOCUMENTS, TOKENS, SEQ = 1_000_000, 1_000_000_000, 2048
+ROWS = 500
+PARTS = ("index", "text", "rows", "memory")
 
 
 def lengths_of(documents: int, tokens: int) -> np.ndarray:
@@ -113,7 +119,7 @@ def index_rows(rounds: int) -> list[tuple[str, Any, Any]]:
 
 def text_rows(folder: Path, rounds: int) -> tuple[list[tuple[str, Any, Any]], float]:
     """Tokenizing JSONL, and the size of its text in MB."""
-    texts = [text for _, text in data.stdlib_documents("train")][:80]
+    texts = [text for _, text in data.stdlib_documents("train")][:40]
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     codec = data.tokenizers.train_bpe(texts, 4096)
 
@@ -125,17 +131,37 @@ def text_rows(folder: Path, rounds: int) -> tuple[list[tuple[str, Any, Any]], fl
             codec.inner.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
 
     size = sum(len(text.encode()) for text in texts) / 1e6
-    return [("tokenize JSONL to .bin/.idx, against encode_batch of texts in memory", *race(ours, theirs, rounds))], size
+    found = [("tokenize JSONL to .bin/.idx, against encode_batch of texts in memory", *race(ours, theirs, rounds))]
+    if importlib.util.find_spec("datasets"):
+        found.append(("tokenize JSONL to .bin/.idx, against datasets.map of it", *race(ours, mapped(folder, codec), rounds)))
+    return found, size
+
+
+def mapped(folder: Path, codec: Any) -> Callable[[], None]:
+    """The same file through `datasets`: read, mapped in batches, written to its cache, which is emptied first."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"ids": [one.ids for one in codec.inner.encode_batch_fast(rows["text"], add_special_tokens=False)]}
+
+    def run() -> None:
+        shutil.rmtree(folder / "hf", ignore_errors=True)
+        found = datasets.load_dataset("json", data_files=str(folder / "x.jsonl"), split="train", cache_dir=str(folder / "hf"))
+        found.map(encode, batched=True, batch_size=64, remove_columns=["text"], load_from_cache_file=False)
+
+    return run
 
 
 def sample_rows(folder: Path, rounds: int) -> list[tuple[str, Any, Any]]:
-    """2,000 rows of 1,024 tokens from the same files."""
+    """500 rows of 1,024 tokens from the same files."""
     from megatron.core.datasets import gpt_dataset
     from megatron.core.datasets.utils import Split
 
     with data.IndexedWriter(folder / "rows", np.uint16) as out:
         out.add_documents(np.arange(n) % 60_000 for n in lengths_of(20_000, 10_000_000))
-    prefix, count = str(folder / "rows"), 2000
+    prefix, count = str(folder / "rows"), ROWS
     tokenizer = SimpleNamespace(vocab_size=60_000, eod=7, unique_identifiers={})
     config = gpt_dataset.GPTDatasetConfig(
         random_seed=1, sequence_length=1024, path_to_cache=str(folder / "cache"), tokenizer=tokenizer, split="1",
@@ -158,34 +184,44 @@ def sample_rows(folder: Path, rounds: int) -> list[tuple[str, Any, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--memory")
-    parser.add_argument("--index", action="store_true", help="the indices only")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.memory:
         measure_memory(args.memory)
         return
+    if unknown := set(args.only.split(",")) - set(PARTS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    body, notes = list[list[str]](), list[str]()
+
+    def add(rows: list[tuple[str, Any, Any]]) -> None:
+        for what, ours, theirs in rows:
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*report.ratio(ours, theirs))
+            body.append([what, ratio, f"{np.median(ours) * 1e3:.1f}", f"{np.median(theirs) * 1e3:.1f}"])
+            print("", *body[-1], sep="\n  ", flush=True)
+
     with tempfile.TemporaryDirectory() as name:
-        rows, notes = index_rows(args.rounds), list[str]()
-        if not args.index:
+        if "index" in args.only:
+            add(index_rows(args.rounds))
+        if "text" in args.only:
             text, size = text_rows(Path(name), args.rounds)
-            rows += [*text, *sample_rows(Path(name), args.rounds)]
-            seconds = {what: float(np.median(ours)) for what, ours, _ in rows}
-            per_second = 2000 / seconds["rows in Megatron's order"]
-            notes = [f"- tokenizing: {size / seconds[text[0][0]]:.1f} MB/s on one core",
-                     f"- rows of 1,024 tokens: {per_second:,.0f} a second in Megatron's order", ""]  # fmt: skip
-    mine, other = memory("ours"), memory("theirs")
-    body = [[what, "{:.2f} [{:.2f}, {:.2f}]".format(*report.ratio(ours, theirs)), f"{np.median(ours) * 1e3:.1f}",
-             f"{np.median(theirs) * 1e3:.1f}"] for what, ours, theirs in rows]  # fmt: skip
-    body.append(["peak memory of the three indices, MB", f"{mine / other:.2f}", f"{mine / 1e6:.1f}", f"{other / 1e6:.1f}"])
+            add(text)
+            notes.append(f"- tokenizing: {size / float(np.median(text[0][1])):.1f} MB/s on one core")
+        if "rows" in args.only:
+            rows = sample_rows(Path(name), args.rounds)
+            add(rows)
+            notes.append(f"- rows of 1,024 tokens: {ROWS / float(np.median(rows[0][1])):,.0f} a second in Megatron's order")
+    if "memory" in args.only:
+        mine, other = memory("ours"), memory("theirs")
+        body.append(["peak memory of the three indices, MB", f"{mine / other:.2f}", f"{mine / 1e6:.1f}", f"{other / 1e6:.1f}"])
     what = f"{TOKENS:,} tokens in {DOCUMENTS:,} documents, seq {SEQ}"
     lines = [f"## {datetime.datetime.now():%Y-%m-%d %H:%M}  `python {' '.join(sys.argv)}`", "", report.machine(), "",
              f"One core a side; index of {what}. Ours / theirs, below 1 is less, median of rounds [95 % interval]:", "",
-             *report.table(["", "ours / theirs", "ours ms", "theirs ms"], body), "",
-             *notes]
+             *report.table(["", "ours / theirs", "ours ms", "theirs ms"], body), "", *notes, ""]  # fmt: skip
     print("\n".join(lines))
     if args.results:
         args.results.write_text(args.results.read_text() + "\n" + "\n".join(lines))

@@ -1,12 +1,13 @@
 """What the loader costs a training step: the time that a step waits for its batch, as a share of the step.
 
-    python benchmarks/loader.py [--steps 12] [--to benchmarks/RESULTS.md]
+    python benchmarks/loader.py [--seconds 8] [--ahead 2] [--workers 1] [--only text] [--to benchmarks/RESULTS.md]
 
-Text of 8 million tokens in 20,000 documents of very unequal lengths, and 20,000 conversations packed first-fit; each source
-feeds the same training step (quickstart's model, 8 rows of 256 tokens). Stall is the time inside `next(feed)`.
+Text of 2 million tokens in 20,000 documents of very unequal lengths, and 20,000 conversations packed first-fit; each source
+feeds the same training step for so many seconds, in turn with the same step on a batch that is in memory already.
 
-ahead 0      the batch is made in the training thread: the whole cost
-ahead 2      the default: two batches made ahead by a thread, which shares this machine's cores with the step
+waited       inside `next(feed)`, by step: stall = waited / (waited + step), medians and the mean over all steps
+step         fed / in memory: what the loader's thread takes from the step by running beside it
+made         a batch made in the training thread: what is hidden where it is made ahead
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
-from report import machine, table  # noqa: E402
+from report import machine, ratio, table  # noqa: E402
 
+from fmegatron import config as configs  # noqa: E402
 from fmegatron import models, optim, train  # noqa: E402
 from fmegatron.data import Cycle, Fim, IndexedDataset, IndexedWriter, Mixture, Packed, Rows, Samples, Turns, first_fit  # noqa: E402
 from fmegatron.data.batches import batches  # noqa: E402
 from fmegatron.sharding import SINGLE  # noqa: E402
 
-SEQ, BATCH, VOCAB = 256, 8, 4096
+SEQ, BATCH, VOCAB = 128, 2, 4096  # of quickstart's model a step of about 50 ms on a core of a server
 
 
 def write(folder: Path, name: str, lengths: np.ndarray, high: int) -> None:
@@ -42,7 +45,7 @@ def write(folder: Path, name: str, lengths: np.ndarray, high: int) -> None:
 def sources(folder: Path) -> dict[str, Rows]:
     """The rows that are raced, over files written to `folder`."""
     draw = np.random.default_rng(1)
-    write(folder, "text", np.minimum(draw.pareto(1.2, 20_000) * 80 + 2, 100_000).astype(int), VOCAB - 8)
+    write(folder, "text", np.minimum(draw.pareto(1.2, 20_000) * 20 + 2, 100_000).astype(int), VOCAB - 8)
     lengths = draw.integers(20, SEQ, 20_000)
     write(folder, "tokens", lengths, VOCAB)
     write(folder, "targets", lengths, 2)
@@ -55,7 +58,7 @@ def sources(folder: Path) -> dict[str, Rows]:
 
 def trainer() -> Callable[..., None]:
     """A training step on a batch; it waits until the step is done."""
-    model = models.preset("llama3:quickstart", vocab=VOCAB)
+    model = models.preset("llama3:quickstart", **configs.load("quickstart").model.overrides, vocab=VOCAB)
     tx = optim.adamw(1e-3)
     step, state = train.make_step(model, tx, SINGLE), train.init(model, tx, SINGLE, 0)
 
@@ -67,41 +70,73 @@ def trainer() -> Callable[..., None]:
     return run
 
 
-def race(rows: Rows, step: Callable[..., None], steps: int) -> dict[int, tuple[float, float]]:
-    """{ahead: (mean seconds waited for a batch, mean seconds of a step)}, turn by turn."""
-    feeds = {ahead: batches(rows, BATCH, ahead=ahead) for ahead in (0, 2)}
-    waited, worked = {ahead: 0.0 for ahead in feeds}, {ahead: 0.0 for ahead in feeds}
-    for number in range(steps + 2):
-        for ahead, feed in feeds.items():
-            start = time.perf_counter()
-            batch = next(feed)
-            got = time.perf_counter()
-            step(batch)
-            if number >= 2:  # the first ones open files, and fill what is made ahead
-                waited[ahead] += got - start
-                worked[ahead] += time.perf_counter() - got
-    for feed in feeds.values():
-        feed.close()
-    return {ahead: (waited[ahead] / steps, worked[ahead] / steps) for ahead in feeds}
+class Found(NamedTuple):
+    """Seconds of a source: each wait, each fed step, each step in memory; and of a batch made in the training thread."""
+
+    waited: list[float]
+    fed: list[float]
+    memory: list[float]
+    made: float
+
+    @property
+    def stall(self) -> float:
+        """The share of all the fed time that was waiting."""
+        return sum(self.waited) / (sum(self.waited) + sum(self.fed))
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[int, tuple[float, float]]]:
-    """Race all sources, print the section, and add it to `--to`."""
+def race(rows: Rows, step: Callable[..., None], seconds: float, ahead: int, workers: int) -> Found:
+    """Fed steps and steps on a batch in memory, turn by turn, for so long."""
+    alone = batches(rows, BATCH, ahead=0)
+    kept, count = next(alone), 20
+    start = time.perf_counter()
+    for _ in range(count):
+        next(alone)
+    made = (time.perf_counter() - start) / count
+    feed, found = batches(rows, BATCH, ahead=ahead, workers=workers), Found([], [], [], made)
+    for _ in range(3):  # files are opened, and what is made ahead is filled
+        step(next(feed))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        batch = next(feed)
+        got = time.perf_counter()
+        step(batch)
+        done = time.perf_counter()
+        step(kept)
+        found.waited.append(got - start)
+        found.fed.append(done - got)
+        found.memory.append(time.perf_counter() - done)
+    feed.close()
+    return found
+
+
+def line(name: str, found: Found) -> list[str]:
+    """A row of the table."""
+    share, low, high = ratio(found.fed, found.memory)
+    ms = [1000 * x for x in (np.median(found.waited), max(found.waited), np.median(found.fed), found.made)]
+    waited, most, fed, made = (f"{x:.2f}" for x in ms)
+    return [name, f"{100 * found.stall:.2f} %", waited, most, fed, f"{share:.3f} [{low:.3f}, {high:.3f}]", made]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Found]:
+    """Race all sources, print each as it ends, then the section, and add it to `--to`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--ahead", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", help="one of the sources")
     parser.add_argument("--to", type=Path)
     options = parser.parse_args(argv)
+    found, body = dict[str, Found](), []
+    head = ["source", "stall", "waited ms", "at most", "step ms", "step, fed / in memory", "made ms"]
     with tempfile.TemporaryDirectory() as folder:
-        step, found = trainer(), {}
+        step = trainer()
         for name, rows in sources(Path(folder)).items():
-            found[name] = race(rows, step, options.steps)
-    body = []
-    for name, result in found.items():
-        for ahead, (waited, worked) in result.items():
-            stall, share = f"{1000 * waited:.2f}", f"{100 * waited / (waited + worked):.2f} %"
-            body.append([name, ahead, share, stall, f"{1000 * worked:.0f}", f"{BATCH / waited:,.0f}" if ahead == 0 else ""])
-    head = ["source", "ahead", "stall", "waited ms", "step ms", "rows/s made"]
-    command = f"python benchmarks/loader.py --steps {options.steps}"
+            if options.only in (None, name):
+                found[name] = race(rows, step, options.seconds, options.ahead, options.workers)
+                body.append(line(name, found[name]))
+                print(", ".join(f"{what} {value}" for what, value in zip(head, body[-1], strict=True)), flush=True)
+    command = f"python benchmarks/loader.py --seconds {options.seconds:g} --ahead {options.ahead} --workers {options.workers}"
     lines = [f"## {datetime.now():%Y-%m-%d %H:%M}  `{command}`", "", machine(), "", *table(head, body), ""]
     print("\n".join(lines))
     if options.to:

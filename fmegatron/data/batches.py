@@ -24,6 +24,7 @@ from fmegatron.data.share import Share
 Batch = dict[str, Tensor]
 Batches = Generator[Batch, None, None]  # close() ends its threads, as does dropping it
 Place = Callable[[str, Tensor, str], Tensor]  # (key, global rows, names) -> what this rank holds of them
+Put = Callable[[Batch], Batch]
 Own = Sequence[int] | Callable[[int], Sequence[int]]  # which rows of a global batch to read, or that by its size
 
 NAMES = dict.fromkeys(("tokens", "labels", "weights", "positions", "documents"), "batch seq") | {"sample": "batch"}
@@ -91,7 +92,7 @@ def batches(
     if reads and global_batch is None and not isinstance(samples, RowsOfSteps):
         raise ValueError(f"{type(samples).__name__} has no steps of its own: give a global_batch")
     own = (_own(numbers, rows) for numbers in _steps(samples, global_batch, consumed))
-    return _placed(prefetch(partial(rows_at, samples, drop=drop, pin=pin), own, ahead, workers), place, share, pin)
+    return _feed(samples, own, ahead, workers, drop, pin, partial(_put, place), share)
 
 
 def held_out_batches(
@@ -105,15 +106,34 @@ def held_out_batches(
     share: Share | None = None,
 ) -> Batches:
     """The held-out split once, as batches of one size; the rest as in `batches`. None: where another process reads it."""
-    if held_out is None:
-        return _placed(iter(()), place, share, pin)
-    own = (_own(numbers, rows) for numbers in held_out.numbers())
-    return _placed(prefetch(partial(rows_at, held_out, drop=drop, pin=pin), own, ahead), place, share, pin)
+    assert held_out is not None or (share is not None and not share.reads)
+    own = (_own(numbers, rows) for numbers in held_out.numbers()) if held_out is not None else iter(())
+    return _feed(held_out or _Elsewhere(), own, ahead, 1, drop, pin, partial(_put, place), share)
 
 
-def _placed(made: Iterator[Batch], place: Place | None, share: Share | None, pin: bool) -> Batches:
-    for batch in made if share is None else share.spread(made, pin):
-        yield {key: place(key, x, names(x)) for key, x in batch.items()} if place else batch
+class _Elsewhere:
+    def row(self, number: int) -> Row:
+        raise AssertionError(f"row {number}: another process reads it")
+
+
+def _feed(
+    samples: Rows,
+    own: Iterator[list[int]],
+    ahead: int,
+    workers: int,
+    drop: Collection[str],
+    pin: bool,
+    put: Put,
+    share: Share | None,
+) -> Batches:
+    make = partial(rows_at, samples, drop=drop, pin=pin)
+    if share is None:
+        return prefetch(make, own, ahead, workers, put)
+    return (put(batch) for batch in share.spread(prefetch(make, own, ahead, workers), pin))
+
+
+def _put(place: Place | None, batch: Batch) -> Batch:
+    return {key: place(key, x, names(x)) for key, x in batch.items()} if place else batch
 
 
 def names(x: Tensor) -> str:
