@@ -21,4 +21,5 @@ class SemiSync:
     fragments: int = option(1, "parts of the parameters that take turns inside a period", at_least=1)
     pattern: Literal["strided", "sequential"] = option("strided", "how layers fall into fragments")
     keep: float = option(0.0, "share of its own parameters that a replica keeps in a meeting", at_least=0)
+    delay: int = option(0, "steps for which pseudo-gradients are on their way while training goes on", at_least=0)
     dtype: Literal["fp32", "bf16"] | None = option(None, "in which pseudo-gradients travel; none: fp32")

@@ -9,8 +9,10 @@ from fmegatron.plan import pipeline
 from fmegatron.plan.hardware import STEP, Efficiency, Hardware
 from fmegatron.plan.seconds import DATA, AxisUse, Execution, Machine, times
 from fmegatron.plan.study import Study
-from fmegatron.sharding.traffic import Row
+from fmegatron.sharding.mesh import REPLICA
+from fmegatron.sharding.traffic import Row, wire_bytes
 from fmegatron.train import setup
+from fmegatron.train.explanation import MeetingRow
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Estimate:
 
     flops: the model's, of all ranks, by Megatron-LM's formula (causal attention halved). mfu counts attention whole, as
     published tables do; mfu_causal halves it. seconds: the parts of step_seconds. collectives: of a step, as one rank sends
-    them; those of a pipeline's stage are counted as if it had both ends of the model.
+    them; those of a pipeline's stage are counted as if it had both ends of the model. meetings: of replicas that go
+    apart, each in its own period; the axis "replica" has them on the mean of steps.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Estimate:
     binds: str
     axes: dict[str, AxisUse]
     collectives: tuple[Row, ...]
+    meetings: tuple[MeetingRow, ...] = ()
 
 
 def estimate(
@@ -66,6 +70,10 @@ def estimate(
     busy = seconds["products"] + seconds["attention"] + seconds["between"]
     axes, hidden = {}, sum((machine.send(row) for row in study.micro if row.axis in DATA), start=0.0)
     for axis in study.sizes:
+        if axis == REPLICA and study.meetings:
+            axes[axis] = _meetings(machine, study, busy, rank_flops)
+            seconds["meetings of replicas"] = axes[axis].exposed_seconds
+            continue
         mine, end = ([row for row in part if row.axis == axis] for part in (study.micro, study.once))
         spent = sum(map(machine.send, mine), start=0.0), sum(map(machine.send, map(machine.narrowed, end)), start=0.0)
         exposed = machine.exposed(axis, spent, busy / m, m, hidden)
@@ -108,7 +116,20 @@ def estimate(
         binds=_binds(seconds, step) if fits else f"memory: a rank needs {memory['peak'] / 1e9:.1f} GB of {limit / 1e9:.0f} GB",
         axes=axes,
         collectives=tuple(times(study.micro, study.once, m)),
+        meetings=study.meetings,
     )
+
+
+def _meetings(machine: Machine, study: Study, busy: float, flops: float) -> AxisUse:
+    """The axis of replicas on the mean of steps. busy: seconds of a step's computation, so many of which hide a meeting of
+    parameters as its delay has."""
+    n, mean, exposed = study.sizes[REPLICA], Row("all_reduce", REPLICA, 0, 0, 0), 0.0
+    for met in study.meetings:
+        row = Row("all_reduce", REPLICA, met.count, met.bytes, wire_bytes("all_reduce", n, met.bytes))
+        hidden = busy * study.delay if met.what == "params" else 0.0
+        exposed += max(0.0, machine.send(row) - hidden) / met.every
+        mean = replace(mean, bytes=mean.bytes + row.bytes // met.every, wire=mean.wire + row.wire // met.every)
+    return machine.use(REPLICA, [replace(mean, count=1)], exposed, flops)
 
 
 def _places(sizes: dict[str, int]) -> dict[str, tuple[int, int]]:

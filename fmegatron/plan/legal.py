@@ -18,8 +18,8 @@ from fmegatron.train.pipeline.schedules import make_schedule
 def complete(run: PlanConfig, auto: frozenset[str] = frozenset()) -> PlanConfig:
     """The run with its mesh filled up to the devices there are, and with what was left open: batch and microbatches."""
     mesh = run.mesh
-    if run.semisync.params:
-        raise ConfigError(f"semisync.params = {run.semisync.params}: plan knows no meetings of replicas, explain does")
+    if mesh.replica == -1:
+        raise ConfigError("mesh.replica = -1: a plan is of a number of replicas, give it")
     others = math.prod(n for axis, n in mesh.sizes.items() if axis != "dp")
     if mesh.dp == -1:
         if run.gpus is None:

@@ -33,6 +33,8 @@ def to_text(plan: Estimate) -> str:
     seconds += [[part, _s(n), f"{n / plan.step_seconds:.1%}"] for part, n in plan.seconds.items() if n]
     sent = [["collective", "axis", "count", "bytes", "sent by ring"]]
     sent += [[row.collective, row.axis, f"{row.count:,}", f"{row.bytes:,}", f"{row.wire:,}"] for row in plan.collectives]
+    met = [["replicas meet", "every", "bytes", "bytes a step"]]
+    met += [[row.what, f"{row.every}", f"{row.bytes:,}", f"{row.bytes / row.every:,.0f}"] for row in plan.meetings]
     tail = [
         f"FLOPs of a step: {plan.flops:.4e} (causal attention halved), {plan.flops_whole_attention:.4e} (attention whole)",
         f"step {_s(plan.step_seconds)} s, {plan.tokens_per_second_per_rank:,.0f} tokens/s a rank, bubble {plan.bubble:.1%}",
@@ -40,6 +42,7 @@ def to_text(plan: Estimate) -> str:
         f"binds: {plan.binds}",
     ]
     tables = [columns(memory, 1), columns(axes, 2) if plan.axes else ["no axes"], columns(sent, 2), columns(seconds, 1)]
+    tables += [columns(met, 1)] if plan.meetings else []
     return "\n".join([*head, "", *("\n".join([*table, ""]) for table in tables), *tail])
 
 

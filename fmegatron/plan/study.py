@@ -14,10 +14,12 @@ from fmegatron.plan.legal import fullest
 from fmegatron.plan.memory import host_of, memory_of
 from fmegatron.plan.seconds import per_microbatch
 from fmegatron.plan.work import Work, evenly_loaded, first_layers, work_of
-from fmegatron.sharding import Sharding, abstract_mesh
+from fmegatron.sharding import abstract_mesh
+from fmegatron.sharding.apart import inside, replicas
 from fmegatron.sharding.traffic import Row, wire_bytes
 from fmegatron.train import setup
 from fmegatron.train.explain import explain
+from fmegatron.train.explanation import MeetingRow
 from fmegatron.train.remat import parse_remat
 
 
@@ -27,7 +29,8 @@ class Study:
     host: by kind.
 
     optimizer_bytes: of its state on a rank. flops, whole: the model's in a step, causal attention halved or not. attention:
-    a rank's FLOPs of it in a step where the causal half is shared evenly.
+    a rank's FLOPs of it in a step where the causal half is shared evenly. meetings: of replicas that go apart; micro and once
+    are then those of one replica. delay: steps that a meeting of parameters has to arrive in.
     """
 
     run: PlanConfig
@@ -43,6 +46,8 @@ class Study:
     flops: float
     whole: float
     attention: float
+    meetings: tuple[MeetingRow, ...] = ()
+    delay: int = 0
 
 
 def study(run: PlanConfig, model: Model) -> Study:
@@ -52,8 +57,10 @@ def study(run: PlanConfig, model: Model) -> Study:
     """
     t, stages, m = run.training, run.mesh.pp, run.training.microbatches
     sizes = {axis: n for axis, n in run.mesh.sizes.items() if n > 1}
-    sh = Sharding(abstract_mesh(**{axis: n for axis, n in sizes.items() if axis != "pp"}), setup.rules_of(run.sharding))
-    rows = (t.global_batch, run.data.seq)
+    rule = setup.semisync_of(run)
+    every = setup.sharding_of(run, abstract_mesh(**{axis: n for axis, n in sizes.items() if axis != "pp"}))
+    sh, rows = inside(every), (t.global_batch, run.data.seq)
+    own = (rows[0] // replicas(every), rows[1])  # of a replica that goes apart
     shared: dict[str, Any] = {
         "dtype": setup.dtype_of(run),
         "fields": {key: names for key, names in NAMES.items() if key != "documents" or run.data.document_mask},
@@ -66,15 +73,21 @@ def study(run: PlanConfig, model: Model) -> Study:
 
     flops, whole = flops_of(model, rows[1], rows[0])
     model = evenly_loaded(model)
-    work = work_of(model, sh, tx_of, batch=rows, microbatches=m, donate=t.donate, **shared)
+    work = work_of(model, sh, tx_of, batch=own, microbatches=m, donate=t.donate, **shared)
     layers = fullest(run, model)
     stage = first_layers(model, layers)
     one, two = (
-        explain(stage, sh, tx=tx_of(stage), batch=(rows[0] // m * k, rows[1]), microbatches=k, **shared) for k in (1, 2)
+        explain(stage, sh, tx=tx_of(stage), batch=(own[0] // m * k, own[1]), microbatches=k, **shared) for k in (1, 2)
     )
     micro, once = per_microbatch(one.collectives, two.collectives)
     if stages > 1:
         micro.append(_between_stages(run, model, stages))
+    memory = memory_of(stage, one.leaves, work, run.pipeline.schedule, stages, run.pipeline.virtual, m)
+    meetings: tuple[MeetingRow, ...] = ()
+    if rule is not None and replicas(every) > 1:
+        met = explain(stage, every, tx=tx_of(stage), batch=(replicas(every), rows[1]), semisync=rule, **shared)
+        meetings, outer = met.meetings, met.per_rank.get("outer", 0)
+        memory |= {"outer": outer, "peak": memory["peak"] + outer} if outer else {}
     return Study(
         run=run,
         parameters=model.count(),
@@ -83,12 +96,14 @@ def study(run: PlanConfig, model: Model) -> Study:
         work=work,
         micro=tuple(micro),
         once=tuple(once),
-        memory=memory_of(stage, one.leaves, work, run.pipeline.schedule, stages, run.pipeline.virtual, m),
+        memory=memory,
         host=host_of(layers, work, run.pipeline.schedule, stages, run.pipeline.virtual, m),
         optimizer_bytes=one.per_rank["optimizer"],
         flops=flops,
         whole=whole,
         attention=_half(model, rows, math.prod(sizes.values()), t.remat),
+        meetings=meetings,
+        delay=rule.delay if rule is not None else 0,
     )
 
 
@@ -111,7 +126,7 @@ def _half(model: Model, rows: tuple[int, int], ranks: int, remat: str) -> float:
 def _between_stages(run: PlanConfig, model: Model, stages: int) -> Row:
     """What a rank sends to its neighbours for a microbatch: the stream forward and its cotangent back, for each part."""
     s = run.mesh.sizes
-    rows = run.training.global_batch // (s["dp"] * s["fsdp"] * s["ep"] * run.training.microbatches)
+    rows = run.training.global_batch // (s["replica"] * s["dp"] * s["fsdp"] * s["ep"] * run.training.microbatches)
     width = 2 if run.training.dtype == "bf16" else 4
     embed = model.sizes.get("embed", 0)
     sp = s["tp"] if any(name == "seq" and "tp" in axes for name, axes in setup.rules_of(run.sharding).lines("compute")) else 1

@@ -5,7 +5,8 @@
     inside(sh)                                            one replica: the same mesh without the axis
 
 What a replica does, it does inside: its losses have denominators of their own, its gradients are sums over the other axes.
-That is the law for gradients as it stands, for a loss that is a sum over fewer ranks. Replicas meet in `mean_over` only.
+That is the law for gradients as it stands, for a loss that is a sum over fewer ranks. Replicas meet in `mean_over`, or in
+`send_mean`, whose means are on their way while steps go on, until `arrived`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fmegatron.sharding.bucket import Wire, run_together
-from fmegatron.sharding.collectives import Psum
+from fmegatron.sharding.collectives import Psum, apply
 from fmegatron.sharding.mesh import Axis
 from fmegatron.sharding.sharding import NO_LAYOUT, Sharding
+from fmegatron.sharding.transports import behind
 
 BUCKET = 1 << 24  # most elements in one collective
 
@@ -65,3 +68,26 @@ def mean_over(sh: Sharding, xs: Sequence[Tensor], wire: Wire | None = None) -> l
     if axis is None:
         return list(xs)
     return [x / axis.size for x in run_together(list(xs), [(Psum(axis),)] * len(xs), sh.rank, BUCKET, wire)]
+
+
+def send_mean(sh: Sharding, xs: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Begin to average tensors of one dtype over the replicas: nobody may look at the results before `arrived`.
+
+    dtype: in which they travel, and arrive; None is their own. On a mesh of processes they have a process group of their own
+    where the axis has one, so that no collective of the steps in between queues behind them.
+    """
+    axis = axis_of(sh)
+    if axis is None:
+        return [x.to(dtype or x.dtype) for x in xs]
+    assert sh.rank is not None
+    flat = (torch.cat([x.reshape(-1) for x in xs]) / axis.size).to(dtype or xs[0].dtype)
+    via = behind(axis.transport)
+    op = Psum(replace(axis, transport=via))
+    total = op.issue(flat, sh.rank, via) if via.background else apply(flat, sh.rank, op)
+    return [part.reshape(x.shape) for part, x in zip(total.split([x.numel() for x in xs]), xs, strict=True)]
+
+
+def arrived(sh: Sharding, xs: Sequence[Tensor]) -> list[Tensor]:
+    """What `send_mean` gave, to be read; any number of times, and also of tensors that came from a checkpoint."""
+    axis = axis_of(sh)
+    return list(xs) if axis is None or not axis.transport.background else [axis.transport.wait(x) for x in xs]

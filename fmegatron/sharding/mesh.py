@@ -20,12 +20,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fmegatron.sharding.transports import Abstract, Group, Hub, Stacked, Threads, Transport
 
+REPLICA = "replica"  # the axis whose values may be on their way while steps go on: see apart.py
 Kind = Literal["single", "device", "virtual", "threads", "abstract"]
 
 
@@ -92,8 +93,16 @@ def make_mesh(device: str | None = None, **sizes: int) -> Mesh:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         _start_group("nccl" if device == "cuda" else "gloo")
     grid = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    groups = {name: Group(grid.get_group(name).group_name, grid.get_local_rank(name)) for name in sizes}
+    late = {name: _second(grid, i) for i, name in enumerate(sizes) if name == REPLICA and sizes[name] > 1}
+    groups = {name: Group(grid.get_group(name).group_name, grid.get_local_rank(name), late.get(name, "")) for name in sizes}
     return Mesh("device", _axes(sizes, groups), rank=dist.get_rank(), device=device)
+
+
+def _second(grid: DeviceMesh, dim: int) -> str:
+    """The name of a second group of this process's row along a dim of the grid."""
+    rows = grid.mesh.movedim(dim, -1).reshape(-1, grid.mesh.shape[dim]).tolist()
+    made = [(row, dist.new_group(row)) for row in rows]  # every process makes all
+    return next(str(group.group_name) for row, group in made if dist.get_rank() in row)
 
 
 def _start_group(backend: str) -> None:

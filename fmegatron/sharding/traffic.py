@@ -77,10 +77,11 @@ class Traffic:
             self._issued[id(result)] = (result, rank, event)
 
     def wait(self, result: Tensor) -> None:
-        """Note that what was issued is waited for."""
+        """Note that what was issued is waited for; nothing where that was in an earlier step (`apart.arrived`)."""
         with self._lock:
-            _, rank, event = self._issued.pop(id(result))
-        self.add(rank, [event._replace(kind="wait")])
+            _, rank, event = self._issued.pop(id(result), (None, 0, None))
+        if event is not None:
+            self.add(rank, [event._replace(kind="wait")])
 
     def clear(self) -> None:
         """Forget what was noted so far."""

@@ -20,7 +20,7 @@ On a virtual mesh every tensor has the ranks on its leading dim (behind the dim 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -102,10 +102,12 @@ class Group(OneRank):
     """A process group, through the functional collectives that Inductor knows; results are issued, `wait` completes them.
 
     place: this process's coordinate on the axis. A permutation is an all-to-all in which each rank sends to one.
+    late: a second group of the same ranks, for what is on its way while steps go on; empty: there is none.
     """
 
     name: str
     place: int
+    late: str = ""
     background = True
 
     def all_reduce(self, x: Tensor, axis: Axis, rank: Tensor, op: str) -> Tensor:
@@ -135,6 +137,13 @@ class Group(OneRank):
 
     def wait(self, x: Tensor) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def behind(via: Transport) -> Transport:
+    """The same transport by its second group, where it has one."""
+    if isinstance(via, Around):
+        return replace(via, inner=behind(via.inner))
+    return replace(via, name=via.late) if isinstance(via, Group) and via.late else via
 
 
 @dataclass(frozen=True)

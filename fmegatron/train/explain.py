@@ -123,8 +123,13 @@ def _explanation(
         leaves=leaves,
         collectives=tuple(traffic.rows()),
         meetings=explain_meetings(practice, traffic),
-        per_rank=_totals(plan, leaves, practice.opt_state),
+        per_rank=_totals(plan, leaves, practice.opt_state) | _outer(practice.state.outer),
     )
+
+
+def _outer(state: Tree) -> dict[str, int]:
+    """Bytes of an outer optimizer's state, where replicas have one."""
+    return {"outer": sum(x.nbytes for x in tree.leaves(state))} if state else {}
 
 
 # -- an engine that remembers ---------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from fmegatron.train.book import Book, Feed
 from fmegatron.train.closing import Sampler, close
 from fmegatron.train.faults.guard import Guard, watched
 from fmegatron.train.faults.watch import from_json
+from fmegatron.train.meeting import settled
 from fmegatron.train.meter import Meter
 from fmegatron.train.node_local import place_of_run, save_local
 from fmegatron.train.optimizers import numbers_of
@@ -139,6 +140,7 @@ def save(parts: Parts, guard: Guard, saver: Saver, state: TrainState, *, last: b
     """Save a state, or begin to; what was finished. last: of a run that is done."""
     guard.pulse.at("save")
     c, meta, step = parts.config.checkpoint, _meta(parts, guard), saving.steps_so_far(state)
+    state = state._replace(outer=settled(parts.sh, state.outer))
     if last and c.last_model_only:
         only = partial(saving.params_only, dtype=saving.DTYPES[c.export_dtype])
         return saver.save(state, step, meta | {"holds": "params"}, only)
@@ -149,6 +151,7 @@ def save_near(parts: Parts, guard: Guard, state: TrainState, group: Group) -> No
     """Save a state on the nodes' own disks."""
     guard.pulse.at("save on the node's disk")
     folder, nodes = place_of_run(parts.config)
+    state = state._replace(outer=settled(parts.sh, state.outer))
     save_local(folder, saving.steps_so_far(state), _items(parts, state), _meta(parts, guard), nodes, group=group)
 
 

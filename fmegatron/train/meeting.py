@@ -15,11 +15,11 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.models.model import Model
 from fmegatron.sharding import Sharding, spmd
-from fmegatron.sharding.apart import axis_of, mean_over, replicas
+from fmegatron.sharding.apart import arrived, axis_of, mean_over, replicas, send_mean
 from fmegatron.sharding.bucket import Wire
 from fmegatron.sharding.collectives import Pmax, Psum
 from fmegatron.sharding.relayout import run
-from fmegatron.train.semisync import Piece, SemiSync, init_outer, pieces_of, synchronize
+from fmegatron.train.semisync import Piece, SemiSync, Ways, init_outer, pieces_of, synchronize
 from fmegatron.tree import Tree
 
 Held = tuple[Tree, Tree, Tree]  # parameters and state as the optimizer holds them, and the outer optimizer's
@@ -47,13 +47,20 @@ class Meeting:
             return False
         now, moments = clock + self.rule.after, self.rule.moments
         periods = [moments] if isinstance(moments, int) else moments.values()
-        return self.rule.fragment_at(now) is not None or any(every and now and now % every == 0 for every in periods)
+        turns = (self.rule.fragment_at(now), self.rule.fragment_at(now - self.rule.delay))
+        return turns != (None, None) or any(every and now and now % every == 0 for every in periods)
 
     def at(self, sh: Sharding, clock: int, held: Held) -> Held:
         """What is due at this clock."""
         assert self.rule is not None
-        wire = None if self.rule.dtype is None else Wire(self.rule.dtype, self.rule.dtype)
-        return synchronize(self.rule, self.pieces, clock, held, partial(mean_over, sh), partial(mean_over, sh, wire=wire))
+        dtype = self.rule.dtype
+        ways = Ways(
+            mean=partial(mean_over, sh),
+            delta=partial(mean_over, sh, wire=None if dtype is None else Wire(dtype, dtype)),
+            send=partial(send_mean, sh, dtype=dtype),
+            arrive=partial(arrived, sh),
+        )
+        return synchronize(self.rule, self.pieces, clock, held, ways)
 
     def everywhere(self, sh: Sharding, ok: Tensor) -> Tensor:
         """Whether it holds on all replicas: what one refuses, all refuse."""
@@ -95,6 +102,14 @@ def meeting_of(model: Model, sh: Sharding, rule: SemiSync | None) -> Meeting:
         raise ValueError(f"a SemiSync is of replicas that go apart, and rules {sh.rules.name!r} name no axis for them")
     axis_of(sh)  # checks where the axis lies
     return Meeting(sh, rule, () if rule is None else pieces_of(model, rule))
+
+
+def settled(sh: Sharding, outer: Tree) -> Tree:
+    """An outer optimizer's state with all that is on its way arrived: before anybody but a later step reads it."""
+    if not isinstance(outer, Mapping) or "sent" not in outer:
+        return outer
+    names = list(outer["sent"])
+    return {**outer, "sent": dict(zip(names, arrived(sh, [outer["sent"][name] for name in names]), strict=True))}
 
 
 def make_average(model: Model, sh: Sharding) -> Callable[[Tree], Tree]:

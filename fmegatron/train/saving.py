@@ -37,6 +37,7 @@ from fmegatron.sharding.chunks import Chunks, chunks_of
 from fmegatron.sharding.placement import Sizes
 from fmegatron.train import checkpoint, lifted
 from fmegatron.train.leaves import Leaf, plan_leaves
+from fmegatron.train.meeting import settled
 from fmegatron.train.pipeline.stages import Placed
 from fmegatron.train.state import TrainState
 from fmegatron.train.together import together
@@ -63,6 +64,7 @@ def save(
     keep_every: int = 0,
 ) -> checkpoint.Address:
     """Write a state as the checkpoint of step `step + skipped` and return its folder; every process calls this."""
+    state = state._replace(outer=settled(sh, state.outer))
     return checkpoint.save(folder, steps_so_far(state), items(model, sh, state), meta, keep=keep, keep_every=keep_every)
 
 

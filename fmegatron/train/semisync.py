@@ -3,7 +3,7 @@
     rule = SemiSync(params=32, moments={"mu": 96, "nu": 192})                        DES-LOC
     rule = SemiSync(params=32, moments=32)                                           Local Adam (Local SGD with sgd)
     rule = SemiSync(params=32, outer=sgd(0.7, momentum=0.9, nesterov=True))          DiLoCo
-    rule = SemiSync(params=32, outer=..., fragments=4)                               streaming DiLoCo: a fragment every 8 steps
+    rule = SemiSync(params=32, outer=..., fragments=4, delay=5)                      streaming DiLoCo: a fragment every 8 steps
 
 At step t replica m takes its gradient g at its own parameters. DES-LOC (arXiv 2505.22549, Algorithm 1) then averages, before
 the local update, whatever has a period that divides t:
@@ -16,8 +16,11 @@ taken at the mean: Local SGD, DiLoCo (arXiv 2311.08105). With an outer optimizer
 
     d = mean over m of (a - x_m);   a = a + outer(d);   x = a          a: where all replicas last stood together
 
+With a delay the mean of d is sent off at t and awaited at t + delay, while steps go on (arXiv 2501.18512, Algorithm 2): a then
+moves, and replicas go on from keep · x_m + (1 - keep) · a. What is on its way is part of the state, `outer["sent"]`.
+
 Everything here is a function of the clock (steps so far, a Python int, equal on all replicas) and the state. The first
-step has nothing to average: replicas start equal. `mean` is how values meet: `apart.mean_over` on a mesh.
+step has nothing to average: replicas start equal. `Ways` are how values meet: `apart.mean_over` on a mesh.
 """
 
 from __future__ import annotations
@@ -35,9 +38,21 @@ from fmegatron import tree
 from fmegatron.models import layers
 from fmegatron.models.model import Model
 from fmegatron.optim import Transform, apply_updates
+from fmegatron.optim.elementwise import zero
+from fmegatron.optim.fuse import keep
 from fmegatron.tree import Tree
 
 Mean = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How values meet. mean: at once. delta: pseudo-gradients, at once; send: these, which nobody may read before `arrive`."""
+
+    mean: Mean
+    delta: Mean
+    send: Mean
+    arrive: Mean
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class SemiSync:
     named. outer: of the pseudo-gradient; None: replicas go on from the mean. order: None is "before", with an outer optimizer
     "after". fragments: parts of the parameters, which take turns inside a period. pattern: how layers fall into them.
     keep: share of its own parameters that a replica keeps at a synchronisation (alpha of streaming DiLoCo).
-    dtype: in which pseudo-gradients travel; None is their own.
+    dtype: in which pseudo-gradients travel; None is their own. delay: steps between sending them and the outer update.
     """
 
     params: int
@@ -59,6 +74,7 @@ class SemiSync:
     pattern: Literal["strided", "sequential"] = "strided"
     keep: float = 0.0
     dtype: torch.dtype | None = None
+    delay: int = 0
 
     def __post_init__(self) -> None:
         moments = self.moments.values() if isinstance(self.moments, Mapping) else (self.moments,)
@@ -70,6 +86,10 @@ class SemiSync:
             raise ValueError(f"keep = {self.keep}: a share, at least 0 and below 1")
         if self.dtype is not None and self.outer is None:
             raise ValueError(f"dtype = {self.dtype} is of pseudo-gradients, which an outer optimizer takes: name one")
+        if self.delay and self.outer is None:
+            raise ValueError(f"delay = {self.delay} is of pseudo-gradients, which an outer optimizer takes: name one")
+        if not 0 <= self.delay < self.params:
+            raise ValueError(f"delay = {self.delay}: at least 0, and less than the {self.params} steps between two meetings")
 
     @property
     def after(self) -> bool:
@@ -164,38 +184,73 @@ def slot_of(path: str, params: frozenset[str]) -> str | None:
 
 # -- parameters in fragments, with an outer optimizer -----------------------------------------------------------------
 def init_outer(rule: SemiSync, pieces: Sequence[Piece], params: Tree) -> Tree:
-    """{"params": {name: a}, "state": {fragment: the outer optimizer's}}; empty where there is no outer optimizer."""
+    """{"params": {name: a}, "state": {fragment: the outer optimizer's}}; empty where there is no outer optimizer.
+
+    With a delay also "sent": {name: mean pseudo-gradient} and "waits": {fragment: 1 where one is on its way, else 0}.
+    """
     if rule.outer is None:
         return ()
     flat = tree.to_paths(params)
     start = {piece.name: piece.of(flat).clone() for piece in pieces}
     mine = [[piece.name for piece in pieces if piece.fragment == f] for f in range(rule.fragments)]
     state = {str(f): rule.outer.init({name: start[name] for name in names}) for f, names in enumerate(mine)}
-    return {"params": start, "state": state}
+    if not rule.delay:
+        return {"params": start, "state": state}
+    sent = {name: torch.zeros_like(x, dtype=rule.dtype) for name, x in start.items()}
+    return {"params": start, "state": state, "sent": sent, "waits": {at: zero(params) for at in state}}
 
 
 def fragment_sync(
-    rule: SemiSync, pieces: Sequence[Piece], clock: int, params: Tree, outer: Tree, mean: Mean, mean_delta: Mean
+    rule: SemiSync, pieces: Sequence[Piece], clock: int, params: Tree, outer: Tree, ways: Ways
 ) -> tuple[Tree, Tree]:
-    """Parameters and outer state after the fragment whose turn it is has met; mean_delta: how pseudo-gradients meet."""
-    fragment = rule.fragment_at(clock)
-    mine = [piece for piece in pieces if piece.fragment == fragment]
-    if not mine:
-        return params, outer
-    flat = tree.to_paths(params)
-    own = {piece.name: piece.of(flat) for piece in mine}
-    if rule.outer is None:
-        new = dict(zip(own, mean(list(own.values())), strict=True))
-    else:
-        start = {name: outer["params"][name] for name in own}
-        deltas = mean_delta([start[name] - x for name, x in own.items()])
-        at = str(fragment)
-        updates, state = rule.outer.update(dict(zip(own, deltas, strict=True)), outer["state"][at], start)
-        new = apply_updates(start, updates)
-        outer = {"params": {**outer["params"], **new}, "state": {**outer["state"], at: state}}
-    # Never the outer's own tensors: a donating step overwrites parameters in place.
-    given = {name: new[name].lerp(x, rule.keep) if rule.keep else new[name].clone() for name, x in own.items()}
-    return _put(params, mine, given), outer
+    """Parameters and outer state after the fragment whose turn it is has met, or what it sent has arrived."""
+    turn = rule.fragment_at(clock - rule.delay)
+    mine = [piece for piece in pieces if piece.fragment == turn]
+    if mine:
+        flat, at = tree.to_paths(params), str(turn)
+        own = {piece.name: piece.of(flat) for piece in mine}
+        if rule.outer is None:
+            new = dict(zip(own, ways.mean(list(own.values())), strict=True))
+        elif rule.delay:
+            new, outer = _outer_step(rule, at, dict.fromkeys(own), outer, ways.arrive([outer["sent"][name] for name in own]))
+        else:
+            new, outer = _outer_step(rule, at, own, outer, ways.delta(_deltas(own, outer)))
+        # Never the outer's own tensors: a donating step overwrites parameters in place.
+        given = {name: new[name].lerp(x, rule.keep) if rule.keep else new[name].clone() for name, x in own.items()}
+        if rule.delay:  # nothing was sent where the step was refused
+            given = keep(outer["waits"][at] > 0, given, own)
+            outer = {**outer, "waits": {**outer["waits"], at: torch.zeros_like(outer["waits"][at])}}
+        params = _put(params, mine, given)
+    return params, _send(rule, pieces, clock, params, outer, ways) if rule.delay else outer
+
+
+def _deltas(own: Mapping[str, Tensor], outer: Tree) -> list[Tensor]:
+    return [outer["params"][name] - x for name, x in own.items()]
+
+
+def _outer_step(
+    rule: SemiSync, at: str, names: Mapping[str, Any], outer: Tree, deltas: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], Tree]:
+    """(new a of a fragment, outer state) after its mean pseudo-gradient; where it waited for none the old ones."""
+    assert rule.outer is not None
+    start, old = {name: outer["params"][name] for name in names}, outer["state"][at]
+    given = {name: d.to(start[name].dtype) for name, d in zip(names, deltas, strict=True)}
+    updates, state = rule.outer.update(given, old, start)
+    new = apply_updates(start, updates)
+    if rule.delay:
+        new, state = keep(outer["waits"][at] > 0, (new, state), (start, old))
+    return new, {**outer, "params": {**outer["params"], **new}, "state": {**outer["state"], at: state}}
+
+
+def _send(rule: SemiSync, pieces: Sequence[Piece], clock: int, params: Tree, outer: Tree, ways: Ways) -> Tree:
+    """The outer state with the pseudo-gradients of the fragment whose turn it is on their way."""
+    turn, flat = rule.fragment_at(clock), tree.to_paths(params)
+    own = {piece.name: piece.of(flat) for piece in pieces if piece.fragment == turn}
+    if not own:
+        return outer
+    sent = dict(zip(own, ways.send(_deltas(own, outer)), strict=True))
+    waits = {**outer["waits"], str(turn): torch.ones_like(outer["waits"][str(turn)])}
+    return {**outer, "sent": {**outer["sent"], **sent}, "waits": waits}
 
 
 def _put(params: Tree, pieces: Sequence[Piece], values: Mapping[str, Tensor]) -> Tree:
@@ -216,13 +271,13 @@ def _put(params: Tree, pieces: Sequence[Piece], values: Mapping[str, Tensor]) ->
 
 # -- both -------------------------------------------------------------------------------------------------------------
 def synchronize(
-    rule: SemiSync, pieces: Sequence[Piece], clock: int, held: tuple[Tree, Tree, Tree], mean: Mean, mean_delta: Mean
+    rule: SemiSync, pieces: Sequence[Piece], clock: int, held: tuple[Tree, Tree, Tree], ways: Ways
 ) -> tuple[Tree, Tree, Tree]:
     """(params, opt_state, outer) after the meeting of this clock; `held` itself where none is due."""
     params, opt_state, outer = held
     whole = rule.outer is None and rule.fragments == 1 and not rule.keep
     periods = (rule.params if whole else 0, moment_periods(rule.moments, params, opt_state))
-    params, opt_state = desloc_sync(clock, params, opt_state, periods, mean)
+    params, opt_state = desloc_sync(clock, params, opt_state, periods, ways.mean)
     if not whole:
-        params, outer = fragment_sync(rule, pieces, clock, params, outer, mean, mean_delta)
+        params, outer = fragment_sync(rule, pieces, clock, params, outer, ways)
     return params, opt_state, outer

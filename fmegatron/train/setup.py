@@ -121,7 +121,7 @@ def semisync_of(c: RunConfig) -> SemiSync | None:
     outer = None if s.outer is None else outer_of(s.outer, s.outer_lr, s.outer_arguments)
     dtype = torch.bfloat16 if s.dtype == "bf16" else None
     try:
-        return SemiSync(s.params, s.moments, outer, s.order, s.fragments, s.pattern, s.keep, dtype)
+        return SemiSync(s.params, s.moments, outer, s.order, s.fragments, s.pattern, s.keep, dtype, s.delay)
     except ValueError as error:
         raise ConfigError(f"semisync: {error}") from None
 

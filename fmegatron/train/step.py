@@ -30,7 +30,7 @@ from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.leaves import Leaf, add_moves, plan_leaves, to_optimizer, to_storage
-from fmegatron.train.meeting import Meeting, meeting_of
+from fmegatron.train.meeting import Meeting, meeting_of, settled
 from fmegatron.train.microbatches import Batches, Parts, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.norms import watched
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
@@ -284,7 +284,7 @@ def step_on_rank(
     params, kept = plan.precision.update(state.precision, finite, allowed, master)
     params, opt_state, outer = meeting.after(every, clock, (params, opt_state, outer))
     if limits and meeting.due(clock):  # what is refused is to be run again from where it was, and not from the mean
-        params, opt_state, outer = keep(ok, (params, opt_state, outer), held)
+        params, opt_state, outer = keep(ok, (params, opt_state, settled(every, outer)), (*held[:2], settled(every, held[2])))
     params = to_storage(plan.leaves, params, sh)
     new = TrainState(
         step=state.step + ok.long(),

@@ -21,6 +21,7 @@ from fmegatron.train.step import make_step
 CASES = [
     ("fsdp", {"replica": 2, "dp": 2}, SemiSync(2, {"mu": 3, "nu": 4}), 1),
     ("tp_sp", {"replica": 2, "tp": 2}, SemiSync(2, outer=optim.sgd(0.7, momentum=0.9, nesterov=True), fragments=2), 1),
+    ("tp_sp", {"replica": 2, "tp": 2}, SemiSync(3, outer=optim.sgd(0.7, momentum=0.9, nesterov=True), delay=2), 1),
 ]
 STEPS = 5
 
@@ -55,13 +56,15 @@ def held_by(state):
 def main(folder):
     """Rank 0 compares what all have; the virtual mesh is its alone."""
     torch.set_num_threads(1)
-    wrong, seen, rank = [], 0, None
+    wrong, seen, late, rank = [], 0, 0, None
     for number, (rules, sizes, rule, donate) in enumerate(CASES):
         mesh, traffic = counted(make_mesh("cpu", **sizes))
         rank = dist.get_rank()
         state, losses = train(mesh, rules, rule, bool(donate), f"{folder}/{number}")
         own = [None] * dist.get_world_size()
         dist.all_gather_object(own, (held_by(state), losses))
+        sent = [event.kind for event in traffic.events[rank] if event.axis == "replica" and event.collective == "all_reduce"]
+        late += sent.count("issue") - sent.count("wait")  # not waited for in the step that sends
         seen += sum(row.count for row in traffic.rows(rank) if row.axis == "replica" and row.collective == "all_reduce")
         if rank == 0:
             expected, wanted = train(virtual_mesh(**sizes), rules, rule, False)
@@ -71,7 +74,7 @@ def main(folder):
                     wrong.append(f"{rules} rank {r}: {worst}, {said} and {wanted}")
     held = checkpoint.tensors(f"{folder}/0")["params.norm.weight"][0]
     if rank == 0:
-        print(json.dumps({"wrong": wrong, "seen": seen, "held": held}), flush=True)
+        print(json.dumps({"wrong": wrong, "seen": seen, "late": late, "held": held}), flush=True)
     dist.destroy_process_group()
 
 

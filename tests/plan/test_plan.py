@@ -136,6 +136,25 @@ def test_traffic_of_any_number_of_microbatches_is_exact(rules, sizes, m):
     assert found.keys() == real.keys()
 
 
+def test_meetings_of_replicas_are_counted_in_their_periods():
+    """DES-LOC on the mean sends P (1/32 + 1/96 + 1/192), where plain data parallelism sends P in every step."""
+    run = {"mesh": {"replica": 2, "tp": 2}, "training": {"global_batch": 4}, "data": {"seq": 64}}
+    plain = planned("llama3_debug", **run)
+    apart = planned("llama3_debug", **run, semisync={"params": 32, "moments": {"mu": 96, "nu": 192}})
+    held = apart.memory["parameters"]
+    assert [(met.what, met.every, met.bytes) for met in apart.meetings] == [("params", 32, held), ("mu", 96, held),
+                                                                          ("nu", 192, held)]  # fmt: skip
+    assert apart.axes["replica"].bytes == held // 32 + held // 96 + held // 192
+    assert plain.axes["replica"].bytes >= held and plain.axes["replica"].wire > 20 * apart.axes["replica"].wire
+    assert apart.axes["tp"].bytes == plain.axes["tp"].bytes and apart.step_seconds < plain.step_seconds
+    assert apart.flops == plain.flops and apart.rank_flops == pytest.approx(plain.rank_flops, rel=1e-3)
+    sgd = {"params": 8, "outer": "sgd", "outer_arguments": {"momentum": 0.9}, "fragments": 2}
+    diloco, late = (planned("llama3_debug", **run, semisync=sgd | more) for more in ({}, {"delay": 2}))
+    assert late.memory["outer"] - diloco.memory["outer"] == pytest.approx(held, abs=64)  # what is on its way
+    assert late.seconds["meetings of replicas"] < diloco.seconds["meetings of replicas"]
+    assert late.axes["replica"].bytes == diloco.axes["replica"].bytes == held // 8
+
+
 def test_links_by_where_an_axis_lies():
     h100 = hardware("h100")
     assert h100.link(1, 8) == ("inside", 450e9)

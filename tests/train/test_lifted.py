@@ -21,6 +21,7 @@ from fmegatron.train.step import make_step
 torch.set_num_threads(1)
 DESLOC = SemiSync(2, {"mu": 3, "nu": 4})
 DILOCO = SemiSync(4, outer=optim.adam(0.1), fragments=2)
+DELAYED = SemiSync(4, outer=optim.adam(0.1), fragments=2, delay=2, dtype=torch.bfloat16)
 LOCAL = SemiSync(2, 2, order="after")
 TX = optim.adam(0.02)
 
@@ -60,7 +61,7 @@ def replica(state, r, ranks=1):
     return tree.map(lambda x: x[r * ranks : (r + 1) * ranks], (state.params, state.opt_state))
 
 
-@pytest.mark.parametrize("rule", [DESLOC, DILOCO], ids=["desloc", "diloco"])
+@pytest.mark.parametrize("rule", [DESLOC, DILOCO, DELAYED], ids=["desloc", "diloco", "delayed"])
 def test_resume_is_bitwise_in_the_middle_of_a_period(tmp_path, rule):
     sh = sharding("fsdp_tp_sp", replica=2, dp=2)
     middle = go(sh, rule, start(sh, rule), 3)
@@ -70,6 +71,9 @@ def test_resume_is_bitwise_in_the_middle_of_a_period(tmp_path, rule):
     held = checkpoint.tensors(tmp_path)
     assert held["params.layers.1.attn.q"][0] == (2, 8, 2, 4) and held["opt.0.mu.layers.1.attn.q"][0] == (2, 8, 2, 4)
     assert held["step"][0] == (2,) and held["key"][0] == () and held["consumed"][0] == ()
+    if rule is DELAYED:  # in the middle of the way
+        assert held["outer.sent.layers.1.attn.q"] == ((8, 2, 4), torch.bfloat16) and held["outer.waits.0"][0] == ()
+        assert sorted(int(x[0]) for x in middle.outer["waits"].values()) == [0, 1]
     if rule is DILOCO:
         assert held["outer.params.layers.1.attn.q"][0] == (8, 2, 4) and held["outer.state.1.1.count"][0] == ()
 

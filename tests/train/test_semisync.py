@@ -126,6 +126,45 @@ def test_diloco_is_torch_sgd_on_the_mean_pseudo_gradient():
         assert_trees_all_close(tree.to_paths(of_rank(state.params, m)), expected[m], 1e-10)
 
 
+@pytest.mark.parametrize("delay, share", [(0, 0.0), (1, 0.0), (2, 0.5)])
+def test_with_a_delay_it_is_streaming_diloco(delay, share):
+    """Algorithm 2 of arXiv 2501.18512 as a loop: sent at t, awaited and applied at t + delay; a delay of 0 is DiLoCo."""
+    start = tree.to_paths(init(model(), optim.sgd(0.1), SINGLE, key=0, dtype=torch.float64).params)
+    anchor = {p: torch.nn.Parameter(x.clone()) for p, x in start.items()}
+    outer, on_the_way = torch.optim.SGD(anchor.values(), lr=0.7, momentum=0.9, nesterov=True), {}
+
+    def meet(t, x, g):
+        x = [{p: x[m][p] - 0.1 * g[m][p] for p in x[m]} for m in range(2)]
+        if (t + 1) % 3 == 0:
+            on_the_way[t + delay] = {p: a.detach() - mean(x)[0][p] for p, a in anchor.items()}
+        if t not in on_the_way:
+            return x
+        for p, a in anchor.items():
+            a.grad = on_the_way[t][p]
+        outer.step()
+        return [{p: share * one[p] + (1 - share) * a.detach() for p, a in anchor.items()} for one in x]
+
+    expected = replicas_by_hand(8, meet)
+    rule = SemiSync(3, outer=optim.sgd(0.7, **NESTEROV), delay=delay, keep=share)
+    state, _ = train(sharding(), optim.sgd(0.1), rule, 8)
+    for m in range(2):
+        assert_trees_all_close(tree.to_paths(of_rank(state.params, m)), expected[m], 1e-10)
+    assert ("sent" in state.outer) == bool(delay)
+
+
+def test_what_a_refused_step_did_not_send_does_not_arrive():
+    sh, tx, net, rule = sharding(), optim.sgd(0.1), model(), SemiSync(2, outer=optim.sgd(0.7, **NESTEROV), delay=1)
+    state, step = init(net, tx, sh, key=0, dtype=torch.float64, semisync=rule), make_step(net, tx, sh, semisync=rule)
+    for i in range(4):
+        given = batch(i)
+        given["weights"][2:] *= float("nan") if i == 1 else 1  # the step that would send
+        before = state
+        state, _ = step(state, {k: shard(sh, x, NAMES[k]) for k, x in given.items()}, {"loss": float("inf")})
+        if i in (1, 2):
+            assert_trees_all_equal(state.outer, before.outer)
+    assert state.outer["waits"]["0"].tolist() == [1, 1] and state.skipped.tolist() == [1, 1]
+
+
 # -- identities -------------------------------------------------------------------------------------------------------
 def test_sgd_that_meets_after_every_step_is_ddp_and_adam_is_not():
     ddp = sharding(apart=False)
@@ -302,6 +341,8 @@ def test_traffic_of_diloco_and_of_fragments():
     assert got == [4 * held * ((t + 1) % 4 == 0) for t in range(8)]
     half, _ = sent(SemiSync(4, outer=optim.sgd(0.7), dtype=torch.bfloat16), optim.adam(RATE), 4, replica=2)
     assert half == [0, 0, 0, 2 * held]
+    later, _ = sent(SemiSync(4, outer=optim.sgd(0.7), delay=2), optim.adam(RATE), 8, replica=2)
+    assert later == got  # it is sent when it is due, and costs nothing when it arrives
     parts, _ = sent(SemiSync(4, outer=optim.sgd(0.7), fragments=2), optim.adam(RATE), 8, replica=2)
     assert parts[1] and parts[3] and sum(parts[:4]) == 4 * held and parts[:4] == parts[4:] and parts[0] == parts[2] == 0
 
@@ -328,7 +369,9 @@ def test_slots_are_named_one_by_one():
 
 def test_mistakes_are_one_line():
     for wrong, text in ((lambda: SemiSync(0), "at least 1 step"), (lambda: SemiSync(2, fragments=3), "fragments = 3"),
-                        (lambda: SemiSync(2, keep=1.0), "keep = 1.0"), (lambda: SemiSync(2, dtype=torch.bfloat16), "name one")):
+                        (lambda: SemiSync(2, keep=1.0), "keep = 1.0"), (lambda: SemiSync(2, delay=1), "delay = 1 is of"),
+                        (lambda: SemiSync(2, outer=optim.sgd(1.0), delay=2), "less than the 2 steps"),
+                        (lambda: SemiSync(2, dtype=torch.bfloat16), "name one")):
         with pytest.raises(ValueError, match=text):
             wrong()
     with pytest.raises(ValueError, match="no SemiSync says when they meet"):
