@@ -67,7 +67,7 @@ class Training(BatchSizes, Precision):
     remat: str = option("none", "none, full, selective, every-K: computed again; offload-K, POLICY+offload: on the host")
     kernels: Literal["reference", "triton", "auto"] = option("auto", "of norms, activations, loss ...; auto: triton on CUDA")
     compile: bool | None = option(None, "compile the blocks; none: where mesh and machine allow it")
-    prefetch: int = option(1, "blocks whose parameters are gathered ahead", at_least=0)
+    prefetch: int = option(1, "blocks whose parameters are gathered ahead; 0: least memory, nothing overlaps", at_least=0)
     reshard: str = option("always", "always, never, or first-K: which layers' gathered weights are freed after the forward")
     reduce_dtype: Literal["fp32", "bf16"] | None = option(None, "of gradients between ranks; none: fp32")
     async_tp: int = option(1, "chunks in which tensor-parallel products overlap with what they send; 1: none", at_least=1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fmegatron.nn import context, mla, norm, rope
-from fmegatron.nn.context import KEYS, QUERIES
+from fmegatron.nn.context import HEADS, KEYS, QUERIES
 from fmegatron.nn.mla import Latent
 from fmegatron.nn.norm import Norm
 from fmegatron.nn.param import Init, Param, bias, zeros
@@ -72,7 +72,6 @@ def declare(attn: Attention, inner: Init, outer: Init) -> dict[str, Any]:
 QKV = (
     "batch seq embed, (embed heads hd | embed kv hd | embed kv hd) -> (batch seq heads hd | batch seq kv hd | batch seq kv hd)"
 )
-GROUPS = f"{KEYS} -> batch kv_seq q_heads hd"
 
 
 def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[str, Tensor], key: Tensor | None) -> Tensor:
@@ -89,10 +88,11 @@ def apply(sh: Sharding, attn: Attention, p: dict[str, Any], x: Tensor, v: dict[s
         cos, sin = v[f"{attn.table}.cos"], v[f"{attn.table}.sin"]
         queries, keys = rope.rotate_both(attn.rope, queries, keys, cos, sin, sh.kernels)
     queries = sh.relayout(queries, f"batch seq heads hd -> {QUERIES}")
-    keys, values = (sh.relayout(y, f"batch seq kv hd -> {KEYS}") for y in (keys, values))
     if "cache" in v:  # while generating: with those of earlier tokens, see inference/cache.py
-        keys, values = v["cache"](keys, values)  # type: ignore[operator]
-    keys, values = (sh.groups(y, GROUPS) for y in (keys, values))
+        keys, values = (sh.relayout(y, f"batch seq kv hd -> {KEYS}") for y in (keys, values))
+        keys, values = (sh.groups(y, f"{KEYS} -> {HEADS}") for y in v["cache"](keys, values))  # type: ignore[operator]
+    else:
+        keys, values = context.meet(sh, keys, values)
     sink = sh.relayout(p["sink"], "heads -> q_heads") if attn.sink == "learned" else None
     y = context.attend(sh, attn, queries, keys, values, v, sink, key)
     y = sh.relayout(y, f"{QUERIES} -> batch seq heads hd")

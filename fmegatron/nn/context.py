@@ -28,7 +28,22 @@ if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
 
 QUERIES, KEYS = "batch q_seq q_heads hd", "batch kv_seq q_kv hd"
+HEADS = "batch kv_seq q_heads hd"  # keys of the heads that queries read
 Values = dict[str, Tensor]
+
+
+def meet(sh: Sharding, keys: Tensor, values: Tensor, kv: str = "kv") -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, seq, kv, ...] to where queries meet them, [batch, kv_seq, heads that these read, ...].
+
+    Where they travel they do so together, one collective for both. kv: the name of their heads; "heads" are the queries' own.
+    """
+    stream, there = f"batch seq {kv} hd", KEYS.replace("q_kv", "q_heads" if kv == "heads" else "q_kv")
+    way = f"{stream} -> {there} -> {HEADS}"
+    if sh.placement(stream).axes == sh.placement(there).axes:
+        return sh.groups(keys, way), sh.groups(values, way)
+    both = sh.groups(torch.cat((keys, values), -1), way)
+    keys, values = both.split((keys.shape[-1], values.shape[-1]), -1)
+    return keys, values
 
 
 def table(sh: Sharding, x: Tensor) -> Tensor:

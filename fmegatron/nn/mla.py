@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmegatron.nn import context, norm, rope
-from fmegatron.nn.context import KEYS, QUERIES
+from fmegatron.nn.context import QUERIES
 from fmegatron.nn.norm import Norm
 from fmegatron.nn.param import Init, Param
 
@@ -101,7 +101,7 @@ def from_latents(sh: Sharding, attn: Attention, latent: Latent, name: str, g: di
     keys, values = up.split((plain.shape[-1], latent.v_hd), -1)
     keys = torch.cat((keys, shared.expand(*keys.shape[:-1], -1)), -1)
     queries = sh.relayout(torch.cat((plain, turned), -1), f"batch seq heads hd -> {QUERIES}")
-    keys, values = (sh.relayout(y, f"batch seq heads hd -> {KEYS.replace('q_kv', 'q_heads')}") for y in (keys, values))
+    keys, values = context.meet(sh, keys, values, "heads")
     y = context.attend(sh, attn, queries, keys, values, g, None, g.get("key"))
     return sh.relayout(y, f"{QUERIES} -> batch seq heads hd")
 

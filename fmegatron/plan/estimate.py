@@ -64,6 +64,7 @@ def estimate(
     run, m, memory = study.run, study.run.training.microbatches, study.memory
     t, p, stages = run.training, run.pipeline, run.mesh.pp
     how = execution or Execution(fused=t.compile is not False and device.name != "cpu", prefetch=t.prefetch > 0)
+    how = replace(how, stages=stages if p.virtual > 1 else 1)
     machine = Machine(device, efficiency, how, _places(study.sizes), t.dtype)
     ranks = math.prod(study.sizes.values())
     seconds, rank_flops, waits = _seconds(machine, study)

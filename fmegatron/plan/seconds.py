@@ -6,7 +6,9 @@
     e, b, l    the efficiencies of hardware.py
     moved      bytes that kernels between the products read and write
     hidden     gathers and reductions of the data axes run beside a microbatch, as prefetch lets them; a reduction at the end
-               of the step does not, unless the code overlaps it with the last backward
+               of the step does not, unless the code overlaps it with the last backward: that of one microbatch, and of as many
+               as there are stages where parts are interleaved (they go through the parts together; a part whose last one is
+               done reduces beside those of the others). Then what is sent between stages travels beside another part's work
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class Execution:
     fused: what lies between two products is one kernel; fused_ends: before and after the layers too. overlap: what is sent
     once a step hides behind the last backward and the next forward. narrow: new parameters travel in bf16. async_tp: traffic
     of tp hides behind the products. balanced: on any cp causal attention is half the work. fp8: the layers' products run in
-    fp8. prefetch: gathers hide behind the blocks before. attention: the part of the peak that its kernel gets; None: as much
-    as products.
+    fp8, and what tp gathers for them travels so. prefetch: gathers hide behind the blocks before. stages: of a pipeline whose
+    parts are interleaved, 1 of any other.
     """
 
     fused: bool = True
@@ -41,7 +43,7 @@ class Execution:
     balanced: bool = False
     fp8: bool = False
     prefetch: bool = True
-    attention: float | None = None
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Machine:
         both, how = layers + ends, self.execution
         return {
             "products": layers.matmul / (fp8 * e) + ends.matmul / (peak * e),
-            "attention": both.attention / (peak * (self.execution.attention or e)),
+            "attention": both.attention / (peak * (self.device.attention or e)),
             "between": sum(
                 part.operands if whole else part.moved - part.operands
                 for part, whole in ((layers, how.fused), (ends, how.fused and how.fused_ends), (rest, how.fused))
@@ -92,7 +94,8 @@ class Machine:
         """Seconds of all collectives of a row."""
         place, link = self.device.link(*self.axes[row.axis])
         latency = self.device.latency[place == "across"]
-        return row.wire / (link * self.efficiency.links) + row.count * latency
+        half = self.execution.fp8 and (row.axis, row.collective) == ("tp", "all_gather")
+        return row.wire * (0.5 if half else 1.0) / (link * self.efficiency.links) + row.count * latency
 
     def narrowed(self, row: Row) -> Row:
         """What is sent once a step: new parameters in half their bytes where they travel in bf16."""
@@ -123,12 +126,13 @@ class Machine:
         those of all data axes' traffic in a microbatch, which share what hides them.
         """
         micro, once = spent
+        how = self.execution
         if axis not in DATA:
-            hidden = busy if axis == "tp" and self.execution.async_tp else 0.0
+            hidden = busy if axis == "tp" and how.async_tp or axis == "pp" and how.overlap and how.stages > 1 else 0.0
             return max(0.0, micro - hidden) * microbatches + once
         share = micro / data if data else 0.0
-        hidden = busy * share if self.execution.prefetch else 0.0
-        at_end = busy if self.execution.overlap else 0.0
+        hidden = busy * share if how.prefetch else 0.0
+        at_end = busy * how.stages if how.overlap else 0.0
         return max(0.0, micro - hidden) * microbatches + max(0.0, once - at_end)
 
 

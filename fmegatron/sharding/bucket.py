@@ -11,8 +11,9 @@ added: in the same, by the collective itself; or in a wider one, by an all_to_al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Wire:
 
 
 def start(
-    xs: Sequence[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
+    xs: Iterable[Tensor], plans: Sequence[Plan], rank: Tensor | None, limit: int | None = None, wire: Wire | None = None
 ) -> Finish:
     """Send each tensor through the ops of its plan; returns a function that waits for the results.
 
@@ -42,9 +43,18 @@ def start(
     differentiable: for parameters and finished gradients. What was gathered has memory of its own, not a bucket's; the
     function takes tensors to gather into instead (None where a tensor's plan has no gather last).
     """
-    now, left = list(xs), [list(plan) for plan in plans]
+    now: list[Any] = list(xs)
+    left = [list(plan) for plan in plans]
+    del xs  # whoever gave a tensor away has its memory back once it is in its bucket
+
+    def send(group: list[int]) -> Callable[[Into], list[Tensor]]:
+        mine = [now[i] for i in group]
+        for i in group:
+            now[i] = None
+        return _issue(mine, [left[i][0] for i in group], rank, wire)
+
     first = _next_group(now, left, limit)
-    pending = _issue(now, left, first, rank, wire) if first else None
+    pending = send(first) if first else None
 
     def finish(into: Into | None = None) -> list[Tensor]:
         group, results = first, pending
@@ -55,7 +65,7 @@ def start(
                 now[i] = y
                 left[i].pop(0)
             group = _next_group(now, left, limit)
-            results = _issue(now, left, group, rank, wire) if group else None
+            results = send(group) if group else None
         return now
 
     return finish
@@ -87,25 +97,25 @@ def _next_group(xs: Sequence[Tensor], left: Sequence[list[Op]], limit: int | Non
     return group
 
 
-def _issue(
-    xs: Sequence[Tensor], left: Sequence[list[Op]], group: list[int], rank: Tensor | None, wire: Wire | None
-) -> Callable[[Into], list[Tensor]]:
-    """Issue the group's common op; the returned function waits for the tensors."""
+def _issue(mine: list[Tensor], ops: list[Op], rank: Tensor | None, wire: Wire | None) -> Callable[[Into], list[Tensor]]:
+    """Issue a group's common op, and forget what is in the bucket; the returned function waits for the tensors."""
     assert rank is not None, "a collective ran outside of its mesh: use shard_map, or a step made for this mesh"
-    ops, mine = [left[i][0] for i in group], [xs[i] for i in group]
     axis = ops[0].axis
-    if len(group) == 1 and (wire is None or not isinstance(ops[0], ReduceScatter | Psum)):
+    if len(mine) == 1 and (wire is None or not isinstance(ops[0], ReduceScatter | Psum)):
         wait = issue(mine[0], ops[0], rank)
         return lambda into: [wait() if into[0] is None else into[0].data.copy_(wait())]
     if isinstance(ops[0], ReduceScatter):
         pieces = [op.cut(x) for op, x in zip(ops, mine, strict=True) if isinstance(op, AlongDim)]
         flat = _pack(pieces) if axis.transport.background else torch.cat([p.flatten(1) for p in pieces], 1).reshape(-1)
         shapes = [p.shape[1:] for p in pieces]
+        pieces.clear()
+        mine.clear()
         wait = _issue_sum(flat, ReduceScatter(axis, 0), rank, wire)
     else:
         flat = torch.cat([x.reshape(-1) for x in mine])
         shapes = [x.shape for x in mine]
         gathers = isinstance(ops[0], AllGather)
+        mine.clear()
         wait = issue(flat, AllGather(axis, 0), rank) if gathers else _issue_sum(flat, Psum(axis), rank, wire)
     sizes = [shape.numel() for shape in shapes]
 

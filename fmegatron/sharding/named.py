@@ -122,24 +122,38 @@ def lookup(plan: Lookup, mesh: Mesh, rank: Tensor | None, ids: Tensor, table: Te
 
 # -- groups ---------------------------------------------------------------------------------------------------------
 def groups(sh: Sharding, kv: Tensor, pattern: str) -> Tensor:
-    """Select key/value heads so that local query head j uses head j // (local heads / heads of the result)."""
-    (source,), out = split_arrow(pattern)
-    dim = next(i for i, (a, b) in enumerate(zip(source, out, strict=True)) if a != b)
-    of_kv, of_heads = sh.placement(" ".join(source)), sh.placement(" ".join(out))
-    shared = os.path.commonprefix([of_kv.axes[dim], of_heads.axes[dim]])  # an axis behind a skipped one cuts other groups
-    target = Placement(source, tuple(tuple(shared) if i == dim else axes for i, axes in enumerate(of_heads.axes)))
-    if target.axes != of_kv.axes:
-        kv = run(kv, sh.rank, plan_relayout(sh.mesh, of_kv, target))
-    if target.axes == of_heads.axes:
-        return kv
-    shards = math.prod(sh.mesh[axis].size for axis in of_heads.axes[dim])
-    heads = sh.size(out[dim]) // shards  # local query heads
-    group = sh.size(out[dim]) // sh.size(source[dim])  # query heads of one key/value head
-    step = heads if group % heads == 0 else 1  # one key/value head serves all local queries, or one each
-    queries = torch.arange(0, heads, step, device=kv.device)
-    first = offset(sh.mesh, sh.rank, of_heads.axes[dim], heads)
-    chosen = (queries + first) // group - offset(sh.mesh, sh.rank, target.axes[dim], kv.shape[dim])
-    return kv.index_select(dim, chosen)
+    """Select key/value heads so that local query head j uses head j // (local heads / heads of the result).
+
+    "stream -> keys -> heads": from where they were made to where they meet queries, on a way that carries no head for nothing.
+    Where keys and heads are of one name every head has its own.
+    """
+    *origin, source, out = (parse_names(side) for side in pattern.split("->"))
+    of_kv, of_heads = sh.layout.placement(source), sh.layout.placement(out)
+    now = sh.layout.placement(origin[0]) if origin else of_kv
+    dim = next((i for i, (a, b) in enumerate(zip(source, out, strict=True)) if a != b), None)
+    if dim is None:
+        return run(kv, sh.rank, plan_relayout(sh.mesh, now, of_heads))
+    want = of_heads.axes[dim]
+    shared = tuple(os.path.commonprefix([of_kv.axes[dim], want]))  # an axis behind a skipped one cuts other groups
+    target = Placement(source, tuple(shared if i == dim else axes for i, axes in enumerate(of_heads.axes)))
+    queries, group = sh.size(out[dim]), sh.size(out[dim]) // sh.size(source[dim])  # all, and those of one key/value head
+    early = tuple(axis for axis in want if axis not in now.placed or axis in now.axes[dim])  # what no exchange is to bring
+    alone = not shared and not now.axes[dim] and early and group % (queries // math.prod(sh.mesh[a].size for a in early)) == 0
+    if alone:  # one head is all that this rank and those that it exchanges with read: it alone travels
+        kv = _choose(sh, kv, dim, queries, group, (), early)
+    if target.axes != now.axes:
+        kv = run(kv, sh.rank, plan_relayout(sh.mesh, now, target))
+    return kv if alone or target.axes == of_heads.axes else _choose(sh, kv, dim, queries, group, shared, want)
+
+
+def _choose(
+    sh: Sharding, kv: Tensor, dim: int, queries: int, group: int, have: tuple[str, ...], want: tuple[str, ...]
+) -> Tensor:
+    """Of key/value heads over axes `have` those that queries over axes `want` read: one where it serves all, or one each."""
+    heads = queries // math.prod(sh.mesh[axis].size for axis in want)  # local query heads
+    places = torch.arange(0, heads, heads if group % heads == 0 else 1, device=kv.device)
+    chosen = (places + offset(sh.mesh, sh.rank, want, heads)) // group
+    return kv.index_select(dim, chosen - offset(sh.mesh, sh.rank, have, kv.shape[dim]))
 
 
 # -- local ----------------------------------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ class Sharding:
         return named.reduce(self.layout.plan("reduce", pattern), self.rank, x, op)
 
     def groups(self, kv: Tensor, pattern: str) -> Tensor:
-        """Key/value heads for the local query heads, "batch kv_seq kv hd -> batch kv_seq heads hd".
+        """Key/value heads for the local query heads, "batch kv_seq kv hd -> batch kv_seq heads hd"; of three sides the first is
+        where they were made.
 
         Where the groups stay aligned the result has fewer heads than the queries: local query head j uses head
         j // (local heads / result heads). Where KV heads are fewer than ranks each rank takes the ones that it needs.

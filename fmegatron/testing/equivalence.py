@@ -1,7 +1,6 @@
 """Every legal way to lay a step over a number of ranks, held against one device: values, gradients, training, traffic.
 
-    alone = reference()
-    for way in ways(8): print(way, compare(way, alone))
+    for way in ways(8): print(way, compare(way))
 
 `make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes; a pipeline's stages in one process.
 """
@@ -9,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
 
-CONFIG = Config(layers=4, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
+CONFIG = Config(layers=2, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
 BATCH = (8, 16)  # samples, tokens
 STEPS = 5
 
@@ -85,6 +85,7 @@ def meshes(ranks: int, axes: tuple[str, ...] = ("dp", "fsdp", "cp", "cpa", "tp")
 def ways(ranks: int) -> list[Way]:
     """Every preset on every mesh whose axes it names, in 1, 2 and 4 stages; microbatches, remat, schedule vary with the case.
 
+    Layers are as few as the stages let: two, or one for each part of a pipeline.
     The axis cpa, heads exchanged inside of cp, is left to the preset that is made for it. 8 heads suffice for 8 ranks.
     """
     found: list[Way] = []
@@ -100,9 +101,10 @@ def ways(ranks: int) -> list[Way]:
 def _way(name: str, sizes: dict[str, int], pp: int, number: int) -> Way:
     rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1))
     m, remat = min(rows, 1 + number % 2), ("none", "full", "every-2", "selective")[number // 2 % 4]
-    schedule = {1: ("none",), 2: ("1f1b", "gpipe", "interleaved_1f1b"), 4: ("1f1b", "gpipe")}[pp]
-    case = Case(name, sizes, CONFIG, BATCH, m if pp == 1 else pp, remat, keeps=True)
-    return Way(case, pp, schedule[number % len(schedule)])
+    schedules = {1: ("none",), 2: ("1f1b", "gpipe", "interleaved_1f1b"), 4: ("1f1b", "gpipe")}[pp]
+    schedule = schedules[number % len(schedules)]
+    c = replace(CONFIG, layers=max(CONFIG.layers, pp * (1 + (schedule == "interleaved_1f1b"))))
+    return Way(Case(name, sizes, c, BATCH, m if pp == 1 else pp, remat, keeps=True), pp, schedule)
 
 
 def batch(seed: int) -> dict[str, Tensor]:
@@ -123,16 +125,18 @@ class Reference:
     trained: dict[str, Tensor]
 
 
-def reference() -> Reference:
-    """One device's values: what every case is held against."""
-    model = gpt(CONFIG)
+@cache
+def reference(c: Config) -> Reference:
+    """One device's values: what every case of a model is held against."""
+    model = gpt(c)
     return Reference(model, measure(model, SINGLE, batch(0)), trained(model, SINGLE, {}))
 
 
-def compare(way: Way, reference: Reference) -> Result:
+def compare(way: Way) -> Result:
     """Run one way and hold it against one device; AssertionError where an activation differs in more than rounding."""
-    model, alone = reference.model, reference.measured
     case, settings = way.case, way.settings
+    one = reference(case.c)
+    model, alone = one.model, one.measured
     mesh, traffic = counted(virtual_mesh(**(case.sizes or {"dp": 1})))
     sh = Sharding(mesh, RULES[case.rules])
     here = measure(model, sh, batch(0), expected=alone, **settings)
@@ -143,7 +147,7 @@ def compare(way: Way, reference: Reference) -> Result:
     return Result(
         loss=error({"loss": here.metrics["loss"]}, {"loss": alone.metrics["loss"]}),
         gradients=error(here.grads, alone.grads),
-        parameters=error(after, reference.trained),
+        parameters=error(after, one.trained),
         traffic=traffic.counts() == step_traffic(case),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fmegatron.models import Config
 from fmegatron.sharding import RULES
@@ -96,66 +96,115 @@ def context(case: Case) -> None:
     c, n, inner = case.c, case.ranks("cp"), case.ranks("cpa")
     form = case.rules.removeprefix("cp_") if case.rules.startswith("cp_") else "gather"
     forward, backward = case.m * c.layers * (1 + case.again), case.m * c.layers
-    heads = c.heads // case.ranks("tp")
-    queries, keys = (case.tokens * k * c.head_dim * F32 for k in (heads, case.kv))
-    kv, length = case.kv, 1  # key/value heads as they lie, and pieces of the sequence
+    heads, group = c.heads // case.ranks("tp"), c.heads // (c.kv or c.heads)
     skipped = (c.kv or c.heads) % case.ranks("tp") != 0  # some axis did not divide the key/value heads
+    kv = 1 if skipped and group % heads == 0 else case.kv  # one serves all queries of a rank: it is taken at once
+    taken, length = skipped and kv == 1, 1  # length: pieces of the sequence
+    head = case.tokens * c.head_dim * F32
 
     def move(axis: str, ranks: int, exchanged: bool) -> None:
         """Heads for sequence; where key/value heads do not divide on this or an earlier axis they end up whole on it."""
         nonlocal heads, kv, length, skipped
         length *= ranks
-        divides = exchanged and kv % ranks == 0
+        skipped = skipped or (exchanged and kv % ranks != 0)
         if exchanged:
-            case.add("all_to_all", axis, 2 * (forward + backward), queries)  # queries there, the output back
+            case.add("all_to_all", axis, 2 * (forward + backward), head * heads * length // ranks)  # queries; the output back
             heads //= ranks
-        if divides:
-            case.add("all_to_all", axis, 2 * (forward + backward), keys * kv // case.kv * length // ranks)
+        if exchanged and not skipped:
+            case.add("all_to_all", axis, forward + backward, 2 * head * kv * length // ranks)
             kv //= ranks
-        if skipped or not divides:
-            case.add("all_gather", axis, 2 * forward, keys * length)
-            case.add("reduce_scatter", axis, 2 * backward, keys * length)
-        skipped = skipped or (exchanged and not divides)
+        else:
+            case.add("all_gather", axis, forward, 2 * head * kv * length)
+            case.add("reduce_scatter", axis, backward, 2 * head * kv * length)
 
     move("cpa", inner, form in ("ulysses", "hierarchical"))
     if form in ("gather", "ulysses"):
         return move("cp", n, form == "ulysses")
-    if skipped:  # each rank has taken those that its queries need
-        kv = 1 if (c.heads // (c.kv or c.heads)) % heads == 0 else heads
-    block = 2 * case.tokens * length * kv * c.head_dim * F32
-    case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), block)
+    if skipped and not taken:  # each rank has taken those that its queries need
+        kv = 1 if group % heads == 0 else heads
+    case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), 2 * head * kv * length)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter on a tp rank: the sizes of its dims there, `cut` the one that tp has cut, if any."""
+
+    dims: tuple[int, ...]
+    cut: int | None = None
+
+    def along(self, axes: Sequence[tuple[str, int]]) -> tuple[int, dict[str, int]]:
+        """Over data axes, outer to inner: (its elements on a rank, {axis: those that its collective along it carries}).
+
+        Each axis cuts the largest dim that it divides; where none does, the largest that tp leaves alone, zeros at its end;
+        where that has fewer elements than the axis ranks, none. An axis whose dim is whole again carries no pads any further.
+        """
+        pieces, home = [1] * len(self.dims), list[tuple[str, int, int]]()
+        for axis, ranks in axes:
+            here = [size // n for size, n in zip(self.dims, pieces, strict=True)]
+            divides = [i for i, (size, n) in enumerate(zip(self.dims, pieces, strict=True)) if size % (n * ranks) == 0]
+            fits = divides or [i for i, n in enumerate(here) if n >= ranks and i != self.cut]
+            if fits:
+                dim = max(fits, key=lambda i: here[i])
+                pieces[dim] *= ranks
+                home.append((axis, dim, ranks))
+        now = [-(-size // n) for size, n in zip(self.dims, pieces, strict=True)]
+        local, carried = math.prod(now), dict[str, int]()
+        for i, (axis, dim, ranks) in reversed(list(enumerate(home))):
+            now[dim] *= ranks
+            carried[axis] = math.prod(now)
+            if all(other != dim for _, other, _ in home[:i]):
+                now[dim] = self.dims[dim]
+        return local, carried
+
+
+def leaves(case: Case) -> dict[str, list[Leaf]]:
+    """Of a Llama's nodes, by node; "layer" is one of them."""
+    c, tp = case.c, case.ranks("tp")
+    narrow = (c.embed, case.kv, c.head_dim)
+    wide = [Leaf((c.embed, c.heads // tp, c.head_dim), 1), Leaf((c.heads // tp, c.head_dim, c.embed), 0)]
+    keys = [Leaf(narrow, 1 if (c.kv or c.heads) % tp == 0 else None)] * 2
+    mlp = [Leaf((c.embed, c.mlp // tp), 1)] * 2 + [Leaf((c.mlp // tp, c.embed), 0)]
+    norm, table = Leaf((c.embed,)), Leaf((c.vocab // tp, c.embed), 0)
+    if tp == 1:
+        wide, keys, mlp, table = *([replace(x, cut=None) for x in part] for part in (wide, keys, mlp)), replace(table, cut=None)
+    return {"embed": [table], "layer": [*wide, *keys, *mlp, norm, norm], "final": [norm], "loss": [table]}
 
 
 def parameters(case: Case) -> None:
     """What parameters, gradients and updates send."""
-    c, m, tp = case.c, case.m, case.ranks("tp")
+    c, m, nodes = case.c, case.m, leaves(case)
     store = "ddp" if case.rules.startswith("tp") else case.rules.split("_")[0]
     storage: Sequence[str] = {"fsdp": DATA_AXES, "zero3": DATA_AXES, "cp": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
     optimizer = DATA_AXES if store in ("zero1", "zero2") else storage
-    kv = 2 * c.embed * case.kv * c.head_dim
-    layer = (2 * c.embed * c.embed + 3 * c.embed * c.mlp) // tp + kv + 2 * c.embed
-    ends = {"embed": c.vocab * c.embed // tp, "final": c.embed, "loss": c.vocab * c.embed // tp}
-    every = c.layers * layer + sum(ends.values())
+    times = {"layer": c.layers, "embed": 1, "final": 1, "loss": 1}
+    visits = {"layer": 2 if case.again or not case.keeps else 1, "embed": 1, "final": 2 - case.keeps, "loss": 1}
 
-    def outside(axis: str, among: Sequence[str]) -> int:
-        return math.prod(case.ranks(other) for other in among[: among.index(axis)])
+    def spread(leaf: Leaf, among: Sequence[str]) -> tuple[int, dict[str, int]]:
+        return leaf.along([(axis, case.ranks(axis)) for axis in among if case.ranks(axis) > 1])
 
-    visits = 2 if case.again or not case.keeps else 1
+    def carried(node: str, axis: str, among: Sequence[str]) -> int:
+        return sum(spread(leaf, among)[1].get(axis, 0) for leaf in nodes[node])
+
+    def every(axis: str) -> int:
+        return sum(times[node] * carried(node, axis, optimizer) for node in nodes)
+
     for axis in storage:
-        case.add("all_gather", axis, m * c.layers * visits, layer * F32 // outside(axis, storage))
-        for node, n in {"embed": 1, "final": 2 - case.keeps, "loss": 1}.items():
-            case.add("all_gather", axis, m * n, ends[node] * F32 // outside(axis, storage))
+        for node in nodes:
+            if each := carried(node, axis, storage):
+                case.add("all_gather", axis, m * times[node] * visits[node], each * F32)
     for axis in optimizer:
         if RULES[case.rules].reduce == "microbatch":
-            for n, elements in [(c.layers, layer), *((1, elements) for elements in ends.values())]:
-                case.add("reduce_scatter", axis, m * n, elements * F32 // outside(axis, optimizer))
+            for node in nodes:
+                if each := carried(node, axis, optimizer):
+                    case.add("reduce_scatter", axis, m * times[node], each * F32)
         else:
-            case.add("reduce_scatter", axis, 1, every * F32 // outside(axis, optimizer))
+            case.add("reduce_scatter", axis, 1, every(axis) * F32)
         if optimizer is not storage:
-            case.add("all_gather", axis, 1, every * F32 // outside(axis, optimizer))
-    shards = math.prod(case.ranks(axis) for axis in optimizer)
-    for axis in DATA_AXES:
-        if axis not in optimizer:
-            case.add("all_reduce", axis, 1, every * F32 // shards)
-    whole = (2 * c.layers + 1) * c.embed + (c.layers * kv if (c.kv or c.heads) % tp else 0)
-    case.add("all_reduce", "tp", 1, whole * F32 // shards)
+            case.add("all_gather", axis, 1, every(axis) * F32)
+    for axis in (*DATA_AXES, "tp"):  # what is whole there is added up at the end
+        left = 0
+        for node, here in nodes.items():
+            for leaf in here:
+                local, home = spread(leaf, optimizer)
+                left += times[node] * local * (leaf.cut is None if axis == "tp" else axis not in home)
+        case.add("all_reduce", axis, int(left > 0), left * F32)

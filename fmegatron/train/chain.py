@@ -183,9 +183,8 @@ def backward(ran: Ran, step: Step, freed: bool) -> None:
     """Pull cotangents back through a node, and give its gradients away; freed: whether its parameters were left."""
     if ran.pullback is None:
         return
-    grads = _pull(ran, step, freed, ran.pullback)
-    ran.pullback = None
-    step.gradients.add(ran.node, grads["own"])
+    pullback, ran.pullback = ran.pullback, None
+    step.gradients.add(ran.node, _pull(ran, step, freed, pullback)["own"])
 
 
 def _pull(ran: Ran, step: Step, freed: bool, pullback: Pullback) -> Tree:
@@ -212,10 +211,10 @@ def backward_weights(ran: Ran, step: Step) -> None:
         assert isinstance(ran.pullback, Halves)
         if step.weights.frees(ran.node):
             step.weights.restore(ran.node, ran.own)
-        grads = ran.pullback.late()
+        grads = ran.pullback.late()["own"]
         ran.pullback = None
         step.weights.leave(ran.node, ran.own, done=True)
-        step.gradients.add(ran.node, grads["own"])
+        step.gradients.add(ran.node, grads)
 
 
 def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]) -> Values:

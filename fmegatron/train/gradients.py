@@ -30,8 +30,9 @@ class Gradients:
         params: dict[str, Tensor],
         wire: Wire | None = None,
         precision: Precision = PLAIN,
+        behind: bool = True,
     ) -> None:
-        self.sh, self.leaves, self.wire = sh, leaves, wire
+        self.sh, self.leaves, self.wire, self.behind = sh, leaves, wire, behind
         self.dtypes = {path: precision.sums(x.dtype) for path, x in params.items()}
         self.sums: dict[str, Tensor] = {}
         self.seen: set[tuple[str, int | None]] = set()
@@ -39,20 +40,23 @@ class Gradients:
         self.pending: Callable[[], None] | None = None
 
     def add(self, node: Node, grads: Tree) -> None:
-        """Add one node's gradients, as they lie in use; a reduce_scatter goes on until the next call."""
+        """Add one node's gradients, as they lie in use; a reduce_scatter goes on until the next call, or ends here.
+
+        The caller gives them away: their bytes go as soon as they are in their bucket.
+        """
         own = node_leaves(node, self.leaves)
         values = tree.to_paths(grads)
-        moving = [leaf.path for name, leaf in own.items() if leaf.scatter]
-        shards = [values[name] for name in own]
-        shards = [x.to(self.dtypes[leaf.path]) if leaf.scatter else x for x, leaf in zip(shards, own.values(), strict=True)]
+        del grads
         self.flush()  # before another bucket is made: two would be memory
+        given = ((values.pop(name), leaf) for name, leaf in own.items())
+        shards = (x.to(self.dtypes[leaf.path]) if leaf.scatter else x for x, leaf in given)
         finish = start(shards, [leaf.scatter for leaf in own.values()], self.sh.rank, wire=self.wire)
 
         def store() -> None:
             for leaf, x in zip(own.values(), finish(None), strict=True):
                 self._store(leaf, node.layer if leaf.stacked else None, x)
 
-        if moving:
+        if self.behind and any(leaf.scatter for leaf in own.values()):
             self.pending = store
         else:
             store()

@@ -182,7 +182,7 @@ def value_and_grad(
     sh = sh.overlapping(plan.async_tp if engine is not FUNC else 1)
     free, hold = engine is not FUNC, plan.placed is not None
     weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free, plan.reshard, hold)
-    gradients = Gradients(sh, plan.leaves, stored, plan.wire, plan.precision)
+    gradients = Gradients(sh, plan.leaves, stored, plan.wire, plan.precision, behind=plan.prefetch > 0)
     scaled = seeds if scale is None else {term: seed * scale for term, seed in seeds.items()}
 
     def new_step() -> Step:

@@ -19,6 +19,8 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
 
+WIDTHS = {"embed": 16, "heads": 4, "kv": 2, "mlp": 12, "vocab": 21, "vocab_pad": 8}
+ODD = {"embed": 18, "heads": 3, "kv": 1, "mlp": 10, "vocab": 21}  # four ranks divide none of them: every leaf has pads
 EXPERTS = Moe(experts=4, top_k=2, mlp=8, shared=4, score="sigmoid", sequence_loss=0.1, balance_bias=True)
 
 
@@ -50,10 +52,10 @@ def main(cases):
         rules, *words = case.split()
         given = {k: int(v) if v.isdigit() else v for k, v in (word.split("=") for word in words)}
         sizes = {k: given.pop(k) for k in ("dp", "fsdp", "ep", "cp", "cpa", "tp") if k in given}
-        layers, block = given.pop("layers", 2), EXPERTS if given.pop("experts", 0) else None
-        model = gpt(Config(layers=layers, embed=16, heads=4, kv=2, mlp=12, vocab=21, vocab_pad=8, qk_norm="norm", z_loss=1e-3,
-                           label_smoothing=0.1, loss_chunks=2, moe=block))  # fmt: skip
-        alone = layers, block
+        layers, block, odd = given.pop("layers", 2), EXPERTS if given.pop("experts", 0) else None, given.pop("odd", 0)
+        widths = ODD if odd else WIDTHS
+        model = gpt(Config(layers=layers, **widths, qk_norm="norm", z_loss=1e-3, label_smoothing=0.1, loss_chunks=2, moe=block))
+        alone = layers, block, odd
         if alone not in expected:
             expected[alone] = measure(model, SINGLE, batch())
         start, wrong = time.perf_counter(), None

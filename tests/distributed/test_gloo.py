@@ -18,6 +18,8 @@ EAGER = [  # every way to store and every way to compute
     "ddp dp=4",
     "fsdp dp=4",
     "fsdp dp=2 fsdp=2 microbatches=2 remat=full",
+    "fsdp dp=4 odd=1 microbatches=2 remat=full",
+    "zero1 dp=2 cp=2 odd=1",
     "hsdp dp=2 fsdp=2",
     "zero1 dp=4 microbatches=2",
     "zero2 dp=2 cp=2 microbatches=2",

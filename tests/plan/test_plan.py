@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ import torch
 from fmegatron import cli, optim
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Config, gpt, preset
-from fmegatron.plan.hardware import HARDWARE, hardware
+from fmegatron.plan.hardware import HARDWARE, STEP, capped, hardware
 from fmegatron.plan.main import plan
+from fmegatron.plan.meter import Count
 from fmegatron.plan.options import preset_named, request
-from fmegatron.plan.seconds import per_microbatch, times
+from fmegatron.plan.seconds import Execution, Machine, per_microbatch, times
 from fmegatron.plan.study import flops_of
 from fmegatron.sharding import RULES, Sharding, abstract_mesh, shard, virtual_mesh
-from fmegatron.sharding.traffic import counted
+from fmegatron.sharding.traffic import Row, counted
 from fmegatron.train.explain import explain
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
@@ -162,6 +164,43 @@ def test_links_by_where_an_axis_lies():
     assert h100.link(1, 64) == ("across", 400e9)  # a group has all eight adapters of its node
     assert h100.link(4, 16) == ("across", 100e9)
     assert all(device.memory < 1e12 and device.flops["bf16"] > 0 for device in HARDWARE.values())
+
+
+def test_less_power_slows_the_clock_by_its_cube_root_and_nothing_else():
+    h100 = hardware("h100")
+    slow = capped(h100, 500)
+    clock = slow.flops["bf16"] / h100.flops["bf16"]
+    assert 0.3 * 700 + 0.7 * 700 * clock**3 == pytest.approx(500)  # static, and f V^2 with V as f
+    assert slow.flops["fp8"] / h100.flops["fp8"] == pytest.approx(clock) and slow.bandwidth == h100.bandwidth
+    assert capped(h100, 700).flops == pytest.approx(h100.flops)
+    for watts in (200, 701):
+        with pytest.raises(ValueError, match="h100 has 700 W, of which 210 W are static"):
+            capped(h100, watts)
+
+
+@pytest.mark.parametrize("axis, how, hidden", [
+    ("dp", Execution(), (2.0, 0.0)), ("dp", Execution(prefetch=False), (0.0, 0.0)), ("dp", Execution(overlap=True), (2.0, 2.0)),
+    ("dp", Execution(overlap=True, stages=4), (2.0, 8.0)), ("tp", Execution(overlap=True), (0.0, 0.0)),
+    ("tp", Execution(async_tp=True), (2.0, 0.0)), ("pp", Execution(overlap=True), (0.0, 0.0)),
+    ("pp", Execution(overlap=True, stages=4), (2.0, 0.0)), ("pp", Execution(stages=4), (0.0, 0.0)),
+])  # fmt: skip
+def test_what_hides_traffic(axis, how, hidden):
+    """3 s a microbatch and 9 s once, beside microbatches of 2 s."""
+    machine = Machine(hardware("h100"), STEP, how, {axis: (1, 8)}, "bf16")
+    micro, once = hidden
+    assert machine.exposed(axis, (3.0, 9.0), 2.0, 5, 3.0) == pytest.approx((3 - micro) * 5 + (9 - once))
+
+
+def test_fp8_halves_what_tp_gathers_and_attention_has_a_peak_of_its_own():
+    row = Row("all_gather", "tp", 1, 0, 360_000_000_000)
+    places = {"tp": (1, 8), "dp": (8, 8)}
+    wide, narrow = (Machine(hardware("h100"), STEP, Execution(fp8=fp8), places, "bf16") for fp8 in (False, True))
+    assert wide.send(row) == pytest.approx(1.0, abs=1e-4) and narrow.send(row) == pytest.approx(0.5, abs=1e-4)
+    assert narrow.send(replace(row, collective="reduce_scatter")) == wide.send(row)
+    assert narrow.send(replace(row, axis="dp")) == pytest.approx(wide.send(replace(row, axis="dp")))
+    work = Count(matmul=989.4e12, attention=989.4e12)
+    took = wide.compute(work, Count(), Count())
+    assert took["products"] == pytest.approx(1 / STEP.flops) and took["attention"] == pytest.approx(1 / 0.35)
 
 
 def test_more_of_a_resource_never_slows_a_step():

@@ -136,7 +136,7 @@ def test_the_next_gather_and_the_last_reduction_are_under_way_while_a_block_comp
     assert all(seen.count("all_gather") == 1 for seen in forward)  # one block's, not two: it would be memory
     assert all("reduce_scatter" in seen for seen in back)
     assert all("all_gather" in seen for seen in back[: -2 * layer])  # the lowest layer is the last to be gathered
-    assert not any("all_gather" in seen for seen in under_way("fsdp", 0))
+    assert not any(under_way("fsdp", 0))
 
 
 def test_what_is_reduced_once_a_step_sends_nothing_while_blocks_compute():
@@ -172,12 +172,12 @@ def test_the_hash_sees_values_and_their_order():
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("prefetch, blocks", [(0, 4), (1, 5)])
-def test_a_step_holds_its_shards_and_a_few_whole_blocks(prefetch, blocks):
-    """Parameters of a block, its gradients, the bucket of the last ones on their way, and what is gathered ahead."""
+@pytest.mark.parametrize("prefetch, blocks", [(0, 2.02), (1, 3.3)])
+def test_a_step_holds_its_shards_and_two_whole_blocks_or_with_one_on_its_way_three(prefetch, blocks):
+    """Parameters of a block with its gradients or their bucket; gradients and their bucket. Ahead: a bucket and its shards."""
     wide = gpt(Config(layers=6, embed=64, heads=4, mlp=512, vocab=64, loss_chunks=1))
     mesh = with_transports(abstract_mesh(dp=4), {"dp": Background()})
-    plan = plan_step(wide, Sharding(mesh, RULES["fsdp"]), prefetch=prefetch)
+    plan = plan_step(wide, Sharding(mesh, RULES["fsdp"]), prefetch=prefetch, remat="full")
     here, tokens = plan.sh.at(torch.tensor(0)), torch.zeros(1, 2, dtype=torch.int64)  # activations of next to nothing
     params = init_params(wide, here, plan.leaves, random.key(0), torch.float32)
     with Meter() as meter, torch.no_grad():
@@ -189,4 +189,4 @@ def test_a_step_holds_its_shards_and_a_few_whole_blocks(prefetch, blocks):
 
     stacked = [x for leaf, x in zip(plan.leaves.values(), tree.leaves(params), strict=True) if leaf.stacked]
     over = max(meter.peaks.values()) - held(tree.leaves(params)) - held(tree.leaves(grads))
-    assert over < blocks * mesh.size * held(stacked) / 6
+    assert blocks - 0.1 < over / (mesh.size * held(stacked) / 6) < blocks

@@ -6,6 +6,7 @@ Run as a script under torchrun this file is the program whose collectives torch 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,11 +30,12 @@ from fmegatron.train.step import make_step
 
 C = Config(layers=3, embed=32, heads=4, kv=2, mlp=48, vocab=64, loss_chunks=2)
 B, S = 8, 16
+ODD = Config(layers=3, embed=18, heads=3, kv=1, mlp=10, vocab=21)  # no size divides by 4
 
 
-def formula(rules, sizes, m=1, remat="none", keeps=False):
+def formula(rules, sizes, m=1, remat="none", keeps=False, c=C, batch=(B, S)):
     """What a step of this file's model and batch sends."""
-    return step_traffic(Case(rules, sizes, C, (B, S), m, remat, keeps))
+    return step_traffic(Case(rules, sizes, c, batch, m, remat, keeps))
 
 
 CASES = [
@@ -58,6 +60,18 @@ CASES = [
     ("cp_ulysses", {"cp": 2, "tp": 2}),  # one key/value head on two ranks: gathered
     ("cp_ulysses", {"dp": 2, "cp": 2}),
     ("cp_hierarchical", {"cp": 2, "cpa": 2}),
+    ("tp", {"cp": 2, "tp": 4}),  # two on four: each rank takes the one that it reads before it gathers
+]
+PADDED = [  # ranks that do not divide the sizes; 40 have more than a norm has elements: it is whole along fsdp
+    ("fsdp", {"dp": 3}),
+    ("zero1", {"dp": 5}),
+    ("zero2", {"cp": 3}),
+    ("fsdp", {"fsdp": 3, "cp": 2}),
+    ("fsdp", {"dp": 2, "fsdp": 3}),
+    ("hsdp", {"dp": 2, "fsdp": 3}),
+    ("fsdp_tp", {"dp": 3, "tp": 2}),
+    ("zero1_tp_sp", {"dp": 5, "tp": 4}),
+    ("fsdp", {"dp": 5, "fsdp": 8}),
 ]
 BIG = [
     ("fsdp_tp_sp", {"dp": 2, "cp": 2, "tp": 2}),
@@ -72,19 +86,19 @@ def sent(explanation):
     return {(row.collective, row.axis): (row.count, row.bytes) for row in explanation.collectives}
 
 
-def a_batch(sh):
-    tokens = torch.arange(B * S).reshape(B, S) % C.vocab
-    values = dict.fromkeys(NAMES, tokens) | {"weights": torch.ones(B, S), "sample": torch.arange(B)}
+def a_batch(sh, rows=B, length=S):
+    tokens = torch.arange(rows * length).reshape(rows, length) % 16
+    values = dict.fromkeys(NAMES, tokens) | {"weights": torch.ones(rows, length), "sample": torch.arange(rows)}
     return {key: shard(sh, values[key], names) for key, names in NAMES.items()}
 
 
-def run_step(mesh, rules, m=1, remat="none"):
+def run_step(mesh, rules, m=1, remat="none", c=C, batch=(B, S)):
     """One real step; the mesh's traffic is forgotten before it."""
-    sh, model = Sharding(mesh, RULES[rules]), gpt(C)
+    sh, model = Sharding(mesh, RULES[rules]), gpt(c)
     state = init(model, TX, sh)
     step = make_step(model, TX, sh, microbatches=m, remat=remat)
-    batch = a_batch(sh)
-    return lambda: step(state, batch)
+    data = a_batch(sh, *batch)
+    return lambda: step(state, data)
 
 
 @pytest.mark.parametrize("rules, sizes, setting", [
@@ -107,6 +121,21 @@ def test_a_real_step_sends_the_closed_form(kind, rules, sizes, setting):
     assert len(traffic.events) == (1 if kind is virtual_mesh else mesh.size)
     for rank in traffic.events:
         assert traffic.counts(rank) == expected
+
+
+@pytest.mark.parametrize("rules, sizes", PADDED, ids=str)
+def test_pads_travel_as_the_closed_form_says(rules, sizes):
+    batch = (30, 24) if sizes.get("fsdp") != 8 else (40, 24)
+    setting = {"m": 1, "remat": "full", "batch": batch}
+    found = explain(gpt(C), Sharding(abstract_mesh(**sizes), RULES[rules]), batch=batch, remat="full", tx=TX)
+    assert any("+" in leaf.storage + leaf.optimizer for leaf in found.leaves)
+    assert sent(found) == formula(rules, sizes, **setting)
+    if math.prod(sizes.values()) <= 6:
+        mesh, traffic = counted(virtual_mesh(**sizes))
+        step = run_step(mesh, rules, **setting)
+        traffic.clear()
+        step()
+        assert traffic.counts() == formula(rules, sizes, keeps=True, **setting)
 
 
 def test_swapping_rules_changes_what_the_form_says_and_nothing_else():
@@ -150,9 +179,10 @@ def under_torchrun(folder):
             return out
 
     results = []
-    for i, (rules, sizes) in enumerate(CASES[i] for i in (0, 3, 4, 7, 8, 10, 12, 14)):
+    cases = [CASES[i] for i in (0, 3, 4, 7, 8, 10, 12, 14)] + [("fsdp", {"dp": 4}), ("zero1", {"dp": 2, "cp": 2})]
+    for i, (rules, sizes) in enumerate(cases):
         mesh = make_mesh(**sizes)
-        step = run_step(mesh, rules, **SETTINGS[i % 2])
+        step = run_step(mesh, rules, **SETTINGS[i % 2], c=ODD if i >= 8 else C)
         with Bytes({axis.transport.name: axis.name for axis in mesh.axes}) as mode, CommDebugMode() as torch_own:
             step()
         counts = {names[str(op).split(".")[-1]]: n for op, n in torch_own.get_comm_counts().items()}
@@ -168,9 +198,9 @@ def test_torch_counts_the_same_on_gloo_processes(tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
-    assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) == 8
-    for rules, sizes, setting, by_torch, seen in ranks[0]:
-        expected = formula(rules, sizes, **setting)
+    assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) == 10
+    for i, (rules, sizes, setting, by_torch, seen) in enumerate(ranks[0]):
+        expected = formula(rules, sizes, **setting, c=ODD if i >= 8 else C)
         total, bytes_ = Counter(), Counter()
         for name, axis, n in seen:
             total[name, axis] += 1
