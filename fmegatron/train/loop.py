@@ -25,7 +25,7 @@ from fmegatron.train import balance, checkpoint, facts, saving, setup
 from fmegatron.train.assemble import Parts, assemble
 from fmegatron.train.book import Book, Feed
 from fmegatron.train.closing import Sampler, close
-from fmegatron.train.faults.guard import Guard, watched
+from fmegatron.train.faults.guard import Guard, beating, watched
 from fmegatron.train.faults.watch import from_json
 from fmegatron.train.meeting import settled
 from fmegatron.train.meter import Meter
@@ -48,15 +48,15 @@ def run(config: RunConfig, sample: Sampler | None = None) -> None:
     Raises ValueError (one line) for what cannot be done. Ctrl-C and SIGTERM end the step, save, and return.
     """
     with ExitStack() as stack:
+        pulse, launches = stack.enter_context(beating(config))
         mesh = stack.enter_context(setup.running(config.mesh))
         stack.enter_context(setup.deterministic(config.training.deterministic))
-        mesh, launches = watched(mesh, config)
-        parts = assemble(config, mesh)
+        parts = assemble(config, mesh := watched(mesh, config, launches))
         parts.say(parts.describe())
         if parts.first:
             facts.begin(parts.folder, **parts.facts)
         meter = Meter(parts.config.monitors, parts.step, mesh.device)
-        guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, launches, meter, parts.say))
+        guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, pulse, launches, meter, parts.say))
         state, meta = parts.start()
         guard.watch = from_json(meta.get("watch"))
         state, end = train(parts, guard, meter, state)

@@ -30,6 +30,17 @@ MODEL = {  # Megatron-LM's flag: a field of models.Config
     "attention_dropout": "attention_dropout", "hidden_dropout": "hidden_dropout", "init_method_std": "init_std",
     "apply_query_key_layer_scaling": "qk_layer_scaling",
 }  # fmt: skip
+PRECISION = {  # Megatron-LM's flag: our key, both of the same values
+    "loss_scale": "training.loss_scale", "initial_loss_scale": "training.initial_loss_scale",
+    "min_loss_scale": "training.min_loss_scale", "loss_scale_window": "training.loss_scale_window",
+    "hysteresis": "training.hysteresis", "main_grads_dtype": "training.accumulate_dtype", "exp_avg_dtype": "optimizer.mu_dtype",
+    "exp_avg_sq_dtype": "optimizer.nu_dtype", "log_num_zeros_in_grad": "training.count_zeros",
+    "fp32_residual_connection": "model.fp32_residual",
+}  # fmt: skip
+PRECISION_SWITCHES = {  # read by precision_of
+    "accumulate_allreduce_grads_in_fp32", "grad_reduce_in_bf16", "store_param_remainders", "no_store_param_remainders",
+    "use_precision_aware_optimizer", "main_params_dtype",
+}  # fmt: skip
 MODEL_SWITCHES = {  # read by model_of
     "num_query_groups", "group_query_attention", "position_embedding_type", "normalization", "swiglu", "squared_relu",
     "add_bias_linear", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
@@ -58,7 +69,8 @@ STRICT = {"raise_all": "both", "raise_unexpected": "extra", "assume_ok_unexpecte
 SILENT = {"use_mcore_models", "transformer_impl", "ckpt_format", "use_flash_attn", "attention_backend", "distributed_backend",
           "no_gradient_accumulation_fusion", "use_cpu_initialization", "overlap_grad_reduce", "overlap_param_gather",
           "tokenizer_type", "num_workers", "no_masked_softmax_fusion", "masked_softmax_fusion", "no_bias_swiglu_fusion",
-          "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args", "split"}  # fmt: skip
+          "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args", "split",
+          "attention_softmax_in_fp32"}  # fmt: skip
 TITAN = {  # TorchTitan's key: ours
     "training.steps": "training.steps", "training.seq_len": "data.seq", "training.global_batch_size": "training.global_batch",
     "training.max_norm": "training.clip_norm", "training.seed": "run.seed", "debug.seed": "run.seed",
@@ -138,7 +150,7 @@ def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     for theirs, ours in RUN.items():
         if args.get(theirs) is not None:
             _put(table, ours, args[theirs])
-    _put(table, "training.dtype", "bf16" if args.get("bf16") else "fp32")
+    unknown += precision_of(args, table)
     if args.get("optimizer", "adam") != "sgd":
         _put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
     _put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
@@ -161,10 +173,33 @@ def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     if args.get("dist_ckpt_strictness"):
         _put(table, "checkpoint.strict", STRICT.get(args["dist_ckpt_strictness"], "both"))
     _put(table, "log.tensorboard", bool(args.get("tensorboard_dir")))
-    if args.get("fp16"):
-        unknown.append("fp16 = True")
-    known = MODEL.keys() | RUN.keys() | MODEL_SWITCHES | RUN_SWITCHES | SILENT
+    known = MODEL.keys() | RUN.keys() | PRECISION.keys() | PRECISION_SWITCHES | MODEL_SWITCHES | RUN_SWITCHES | SILENT
     return table, unknown + [f"{name} = {value}" for name, value in args.items() if name not in known]
+
+
+def precision_of(args: Mapping[str, Any], table: Table) -> list[str]:
+    """Put what Megatron-LM's flags say of precision into our table; what has no counterpart.
+
+    Its gradients are added up and reduced in fp32 unless grad_reduce_in_bf16 makes both bf16. Its precision-aware optimizer
+    keeps parameters as bf16 and 16 bits more unless told otherwise; without it, moments are fp32.
+    """
+    aware, bf16 = bool(args.get("use_precision_aware_optimizer")), bool(args.get("bf16"))
+    _put(table, "training.dtype", "fp16" if args.get("fp16") else "bf16" if bf16 else "fp32")
+    for theirs, ours in PRECISION.items():
+        if args.get(theirs) is None or (not aware and theirs.endswith("_dtype")):
+            continue
+        if ours.startswith("model."):
+            table["model"]["overrides"][ours.removeprefix("model.")] = args[theirs]
+        else:
+            _put(table, ours, f"{args[theirs]:g}" if theirs == "loss_scale" else args[theirs])
+    if args.get("grad_reduce_in_bf16"):
+        _put(table, "training.accumulate_dtype", "bf16")
+        _put(table, "training.reduce_dtype", "bf16")
+    whole = args.get("no_store_param_remainders") or args.get("store_param_remainders") is False
+    if aware and bf16 and not whole:
+        _put(table, "training.param_dtype", "bf16")
+    main = args.get("main_params_dtype", "fp32")
+    return [] if main == "fp32" else [f"main_params_dtype = {main}"]
 
 
 def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import pytest
 import torch
-from runs import curve, joined, ranks, same_run, train
+from runs import curve, joined, ranks, same_run, start, train
 
 from fmegatron.sharding import Mesh
 from fmegatron.sharding.mesh import Axis
 from fmegatron.train.faults.exits import HUNG
-from fmegatron.train.faults.launches import KEPT, noted
+from fmegatron.train.faults.launches import KEPT, Launches, noted
 from fmegatron.train.faults.memory import out_of_memory, tensors
 from fmegatron.train.faults.stragglers import describe
 
@@ -35,6 +36,17 @@ def test_a_rank_that_hangs_is_named_with_the_collective_that_waits_for_it(tmp_pa
     assert joined(ranks(tmp_path / "whole", faults={})) == [0, 0]
     same_run(tmp_path / "run", tmp_path / "whole")  # to watch changes no bit
     assert not list(heart.glob("*.txt"))
+
+
+def test_set_up_has_a_limit_and_says_who_never_came(tmp_path):
+    faults, where = {"heartbeat": 0.2, "init_timeout": 2.0}, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where |= {"MASTER_PORT": str(free.getsockname()[1]), "RANK": "0"}
+    assert joined([start(tmp_path / "run", where, mesh={"dp": 2}, faults=faults)]) == [HUNG]  # rank 1 is never started
+    said = (tmp_path / "run.log").read_text()
+    assert "set-up of step 0 takes longer than 2 s; it waits for no collective of the mesh; nothing is known of rank 1" in said
+    assert "_start_group" in (tmp_path / "run/heartbeat/rank-00000.hang.txt").read_text()
 
 
 def test_a_slow_rank_is_named(tmp_path):
@@ -100,7 +112,8 @@ class Peer:
 
 def test_launches_are_noted_and_waits_timed():
     axis = Axis("dp", 2, 1, Peer())
-    mesh, launches = noted(Mesh("device", (axis,), rank=0))
+    launches = Launches()
+    mesh = noted(Mesh("device", (axis,), rank=0), launches)
     via, x = mesh.axes[0].transport, torch.ones(3, 4)
     first, second = (via.all_reduce(x, axis, torch.tensor(0), "sum") for _ in range(2))
     via.wait(second)
@@ -111,4 +124,4 @@ def test_launches_are_noted_and_waits_timed():
     for _ in range(20):
         via.all_reduce(x, axis, torch.tensor(0), "sum")
     assert len(launches.last) == KEPT and launches.last[-1].number == 22
-    assert noted(Mesh("single"))[0] == Mesh("single")
+    assert noted(Mesh("single"), launches) == Mesh("single")

@@ -152,6 +152,16 @@ def test_rollback_leaves_batches_out_and_the_checkpoint_knows(tmp_path, capsys):
     assert digest(tmp_path / "back")["files"] == digest(tmp_path / "named")["files"]
 
 
+def test_rollback_counts_batches_that_grow(tmp_path, capsys):
+    """Batches of 2 until sample 10, then of 4: the bad one is 10 to 13, the one before it 8 and 9."""
+    grows = {"training": {"batch_sizes": "0:2 10:4"}}
+    c = {"rerun": True, "on_bad": "rollback", "rollback_batches": 2}
+    train(tmp_path / "back", data={"arguments": {"nan": [11]}}, faults=c, **grows)
+    assert "samples 8:14 are left out" in capsys.readouterr().out
+    train(tmp_path / "named", data={"skip": ["8:14"]}, **grows)
+    assert curve(tmp_path / "back") == curve(tmp_path / "named")
+
+
 def test_rollback_before_any_checkpoint_and_twice(tmp_path):
     data = {"arguments": {"nan": [5, 30]}}
     train(tmp_path / "back", data=data, faults={"rerun": True, "on_bad": "rollback"})

@@ -154,9 +154,32 @@ def test_megatron_flags_become_ours(tmp_path, capsys):
 
 def test_every_mapped_key_exists():
     known = {key for key, *_ in toml.options(config.RunConfig)}
-    assert set(migrate.RUN.values()) | set(migrate.TITAN.values()) <= known
+    precision = {key for key in migrate.PRECISION.values() if not key.startswith("model.")}
+    assert set(migrate.RUN.values()) | set(migrate.TITAN.values()) | precision <= known
     assert set(migrate.MODEL.values()) <= set(Config.__dataclass_fields__)
     assert not (migrate.MODEL.keys() | migrate.RUN.keys()) & (migrate.MODEL_SWITCHES | migrate.RUN_SWITCHES | migrate.SILENT)
+
+
+@pytest.mark.parametrize("flags, ours", [
+    ("--fp16", {"dtype": "fp16", "loss_scale": None}),
+    ("--fp16 --loss-scale 1024", {"dtype": "fp16", "loss_scale": "1024"}),
+    ("--fp16 --initial-loss-scale 65536 --min-loss-scale 1.0 --loss-scale-window 500 --hysteresis 3 --log-num-zeros-in-grad",
+     {"initial_loss_scale": 65536.0, "min_loss_scale": 1.0, "loss_scale_window": 500, "hysteresis": 3, "count_zeros": True}),
+    ("--bf16 --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32", {"dtype": "bf16", "reduce_dtype": None}),
+    ("--bf16 --grad-reduce-in-bf16", {"accumulate_dtype": "bf16", "reduce_dtype": "bf16", "param_dtype": "fp32"}),
+    ("--bf16 --use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype fp8 --exp-avg-sq-dtype fp16",
+     {"accumulate_dtype": "bf16", "param_dtype": "bf16", "mu_dtype": "fp8", "nu_dtype": "fp16"}),
+    ("--bf16 --exp-avg-dtype fp32 --fp32-residual-connection", {"mu_dtype": "fp32", "fp32_residual": True}),
+])  # fmt: skip
+def test_megatron_flags_of_precision(flags, ours, tmp_path):
+    (tmp_path / "pretrain.sh").write_text(f"--num-layers 2 --hidden-size 64 --num-attention-heads 4 {flags}")
+    text, unknown = migrate.convert_config(str(tmp_path / "pretrain.sh"))
+    assert unknown == []
+    (tmp_path / "ours.toml").write_text(text)
+    run = config.load(tmp_path / "ours.toml")
+    for key, value in ours.items():
+        group = run.optimizer if key.startswith(("mu_", "nu_")) else run.training
+        assert (run.model.overrides[key] if key == "fp32_residual" else getattr(group, key)) == value, key
 
 
 TITAN = """

@@ -1,6 +1,6 @@
 """Everything that watches over a run's steps, in the order in which it happens: one value the loop asks.
 
-    with Guard(config, folder, mesh, launches, step, say) as guard:
+    with Guard(config, folder, mesh, pulse, launches, step, say) as guard:
         while not guard.stops(signal, done):            somebody asks to stop
             outcome = guard.step(state, feed, done + 1)     a batch, a step, its result looked at
 """
@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from fmegatron.train.faults.pulse import Heart, Pulse
 from fmegatron.train.faults.rerun import Outcome, judged
 from fmegatron.train.faults.stragglers import Stragglers
 from fmegatron.train.faults.watch import Watch, spikes
+from fmegatron.train.setup_batch import sizes_of
 from fmegatron.train.signals import Stop, any_rank
 from fmegatron.train.state import TrainState
 from fmegatron.train.step import Limits, Metrics
@@ -39,11 +40,24 @@ from fmegatron.train.step import Limits, Metrics
 STOP = "stop"  # the file in the run's folder
 
 
-def watched(mesh: Mesh, c: RunConfig) -> tuple[Mesh, Launches]:
+@contextmanager
+def beating(c: RunConfig) -> Iterator[tuple[Pulse, Launches]]:
+    """What the process does and launches, from before it meets the others; a thread writes it down and ends what hangs."""
+    f, pulse, launches = c.faults, Pulse(), Launches()
+    times: dict[str, Any] = {"first": f.init_timeout, "step": f.compile_timeout or f.init_timeout, "later": f.train_timeout}
+    with ExitStack() as stack:
+        if f.heartbeat or any(times.values()):
+            device = f"{f.device or socket.gethostname()}/{os.environ.get('LOCAL_RANK', '0')}"
+            where = (c.run.folder / "heartbeat", int(os.environ.get("RANK", "0")), device)
+            stack.enter_context(Heart(*where, pulse, launches, every=f.heartbeat, **times))
+        yield pulse, launches
+
+
+def watched(mesh: Mesh, c: RunConfig, launches: Launches) -> Mesh:
     """The mesh, noting what it launches where a report will need it."""
     f = c.faults
-    needed = f.stragglers or f.heartbeat or f.init_timeout or f.train_timeout
-    return noted(mesh) if needed else (mesh, Launches())
+    needed = f.stragglers or f.heartbeat or f.init_timeout or f.compile_timeout or f.train_timeout
+    return noted(mesh, launches) if needed else mesh
 
 
 class Guard:
@@ -54,6 +68,7 @@ class Guard:
         config: RunConfig,
         folder: Path,
         mesh: Mesh,
+        pulse: Pulse,
         launches: Launches,
         step: Callable[..., Any],
         say: Callable[[str], None],
@@ -63,7 +78,7 @@ class Guard:
         self.rank = mesh.rank or 0
         self.devices = names_of_devices(config.faults.device)
         self.watch = Watch()
-        self.pulse = Pulse()
+        self.pulse = pulse
         self.why: str | None = None
         self._ends = Ends(folder / STOP, config.run.minutes, config.run.exit_interval, began=time.monotonic())
         self._stack = ExitStack()
@@ -80,12 +95,7 @@ class Guard:
         )
 
     def __enter__(self) -> Guard:
-        f = self.config.faults
-        if f.heartbeat or f.init_timeout or f.train_timeout:
-            times = {"every": f.heartbeat, "first": f.init_timeout, "later": f.train_timeout}
-            device = self.devices[self.rank if len(self.devices) > 1 else 0]
-            self._stack.enter_context(Heart(self.folder / "heartbeat", self.rank, device, self.pulse, self.launches, **times))
-        if f.memory_history:
+        if self.config.faults.memory_history:
             self._stack.enter_context(history())
         return self
 
@@ -153,7 +163,11 @@ class Guard:
     def past(self, stop: int, loaded: TrainState, found: Watch) -> None:
         """Go on from `loaded`, a checkpoint of watch `found`, without the last batches of the `stop` consumed samples."""
         c = self.config
-        first = max(int(loaded.consumed.flatten()[0]), stop - c.faults.rollback_batches * c.training.global_batch)
+        sizes, at, starts = sizes_of(c), int(loaded.consumed.flatten()[0]), list[int]()
+        while at < stop:  # batches may grow
+            starts.append(at)
+            at += sizes.at(at)
+        first = starts[-c.faults.rollback_batches :][0]
         number = Skip(_NO_ROWS, self.watch.skip).number
         watch = replace(found, skip=self.watch.skip, rollbacks=self.watch.rollbacks + 1)
         self.watch = watch.without(number(first), number(stop - 1) + 1)

@@ -1,6 +1,6 @@
 """Which collectives this process has launched, and which one it waits for now: a transport around each of the mesh's own.
 
-    mesh, launches = noted(mesh)          launches.waiting, launches.last, launches.count, launches.stalled
+    mesh = noted(mesh, launches)          launches.waiting, launches.last, launches.count, launches.stalled
 
 For a rank that hangs, and for how long a rank waits for others. Compiled blocks launch from compiled code, unseen: they are
 noted while they are traced.
@@ -84,13 +84,12 @@ class Launches:
         return seconds
 
 
-def noted(mesh: Mesh) -> tuple[Mesh, Launches]:
-    """The same mesh with transports that note what they launch, where processes are its ranks; and the record."""
-    launches = Launches()
+def noted(mesh: Mesh, launches: Launches) -> Mesh:
+    """The same mesh with transports that note what they launch in `launches`, where processes are its ranks."""
     if mesh.kind != "device":
-        return mesh, launches
+        return mesh
     wrap: dict[str, Transport] = {axis.name: Noted(axis.transport, launches) for axis in mesh.axes}
-    return with_transports(mesh, wrap), launches
+    return with_transports(mesh, wrap)
 
 
 @dataclass(frozen=True)

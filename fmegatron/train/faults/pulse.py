@@ -29,7 +29,8 @@ class Pulse:
     """What the process does: written by the thread that trains."""
 
     def __init__(self) -> None:
-        self.now: tuple[str, int, float] = ("start", 0, time.monotonic())  # replaced whole: read by another thread
+        self.began = time.monotonic()
+        self.now: tuple[str, int, float] = ("set-up", 0, self.began)  # replaced whole: read by another thread
         self.steps = 0  # finished since the process began
 
     def at(self, doing: str, step: int | None = None) -> None:
@@ -38,7 +39,8 @@ class Pulse:
 
 
 class Heart:
-    """The thread. `first`, `later`: seconds that the first step, and anything after it, may take; 0: any."""
+    """The thread. Seconds that something may take, 0: any. first: set-up, from the start to the first step, in total. step:
+    the first step, which may compile. later: anything after it."""
 
     def __init__(
         self,
@@ -50,11 +52,12 @@ class Heart:
         *,
         every: float,
         first: float,
+        step: float,
         later: float,
     ) -> None:
         self.folder, self.rank, self.device, self.pulse, self.launches = folder, rank, device, pulse, launches
-        self.every, self.first, self.later = every, first, later
-        limits = [t for t in (every, first / 4, later / 4, TICK) if t > 0]
+        self.every, self.first, self.step, self.later = every, first, step, later
+        limits = [t for t in (every, first / 4, step / 4, later / 4, TICK) if t > 0]
         self.tick = min(limits)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
@@ -78,8 +81,9 @@ class Heart:
     def _run(self) -> None:
         written = 0.0
         while not self._end.wait(self.tick):
-            _, _, since = self.pulse.now
-            limit = self.later if self.pulse.steps else self.first
+            doing, _, since = self.pulse.now
+            limit = self.later if self.pulse.steps else self.step if doing == "step" else self.first
+            since = since if self.pulse.steps or doing == "step" else self.pulse.began
             self._last_resort(limit)
             if limit and time.monotonic() - since > limit:
                 self._hung(limit)
@@ -90,6 +94,7 @@ class Heart:
     def write(self) -> None:
         """The heartbeat's file, replaced whole."""
         path = self._file(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)  # a run that starts afresh clears its folder
         path.with_suffix(".tmp").write_text(json.dumps(self.state()))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -119,13 +124,16 @@ class Heart:
         os._exit(HUNG)
 
     def _behind(self, state: dict[str, Any]) -> str:
-        """The ranks that have launched the fewest collectives, by what they last wrote."""
+        """The ranks that have launched the fewest collectives, or that have written nothing."""
         others = []
         for path in self.folder.glob("rank-*.json"):
             try:
                 others.append(json.loads(path.read_text()))
             except (OSError, ValueError):
                 continue
+        silent = sorted(set(range(int(os.environ.get("WORLD_SIZE", "1")))) - {int(other["rank"]) for other in others})
+        if silent and self.every:
+            return f"; nothing is known of rank {', '.join(map(str, silent))}"
         fewest = min((other["collectives"] for other in others), default=state["collectives"])
         if fewest >= state["collectives"]:
             return ""
