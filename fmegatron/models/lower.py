@@ -26,7 +26,7 @@ from fmegatron.nn.param import Param, zeros
 from fmegatron.sharding import Sharding
 
 STAYS = ("embed.*", "*.router.*", "*.experts.*", "*.shared_gate")
-AMAX = "_amax"  # behind a weight's name: the history of its product's largest values, fp32 [2, steps]
+AMAX = "_amax"  # behind a weight's name: the history of its product's largest values, fp32 [3, steps]
 Chosen = tuple[tuple[tuple[str, ...], Recipe], ...]  # (path inside the node's own tree, recipe)
 
 
@@ -66,7 +66,10 @@ def lower(
         if not chosen:
             return node
         low = tuple((".".join(path), recipe) for path, recipe in chosen) if gather else ()
-        return replace(node, fn=made.setdefault((node.fn, chosen), _with(node.fn, chosen)), low=low)
+        sites = [".".join(path) for path, recipe in chosen if recipe.name == "delayed"]
+        probes = tuple((site + AMAX, f"fp8/{{layer}}/{site}.g") for site in sites)
+        fn = made.setdefault((node.fn, chosen), _with(node.fn, chosen))
+        return replace(node, fn=fn, low=low, probes=node.probes + probes)
 
     low = replace(model, chain=tuple(lowered(node) for node in model.chain))
     if idle := [pattern for pattern in recipes if pattern not in used]:
@@ -110,7 +113,7 @@ def _swap(p: Any, path: tuple[str, ...], recipe: Recipe, site: str) -> Any:
 # -- delayed scaling ------------------------------------------------------------------------------------------------
 def _remembering(model: Model, delayed: list[tuple[int, Weight, Recipe]]) -> Model:
     """With a leaf of history beside each weight, which a step moves on by what was tapped."""
-    declared, sizes = tree.to_paths(model.declare), dict(model.sizes) | {"amax_of": 2}
+    declared, sizes = tree.to_paths(model.declare), dict(model.sizes) | {"amax_of": 3}
     taps: dict[str, str] = {}
     for number, weight, recipe in delayed:
         if len(weight.inside) < 2:
@@ -131,7 +134,7 @@ def _moves(
     found = before(taps) if before is not None else {}
     for path, site in sites.items():
         if site is None or f"{site}.x" in taps:  # a stage of a pipeline has its own layers' alone
-            found[path] = _same if site is None else partial(_next, torch.stack([taps[f"{site}.x"], taps[f"{site}.w"]]))
+            found[path] = _same if site is None else partial(_next, torch.stack([taps[f"{site}.{of}"] for of in "xwg"]))
     return found
 
 

@@ -48,6 +48,8 @@ class Node:
     chunks: n > 0 says that all it reads may be cut along dim 1 into equal parts, and the results of the parts added;
         n is a good number of parts. Of the loss only one part's logits are then alive.
     low: (dotted path inside, recipe) of weights that fn multiplies in few bits, and takes gathered so.
+    probes: (dotted path inside, name of a tap) of parameters whose cotangent is no gradient, but a statistic of the backward:
+        its largest element is tapped, and the gradient is zeros.
     """
 
     fn: NodeFn
@@ -62,6 +64,7 @@ class Node:
     light: bool = False
     chunks: int = 0
     low: tuple[tuple[str, Recipe], ...] = ()
+    probes: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_layer(self) -> bool:

@@ -39,9 +39,10 @@ def gathers(recipe: Recipe) -> bool:
 class Lowered:
     """A weight inside a block, and the recipe of its products; `sh.einsum` takes it in place of a tensor.
 
-    history: of delayed scaling, fp32 [2, steps], the newest last: the largest values of x and of the weight. site: its name,
-    under which the largest values of this step are tapped. payload, top: the weight as it was gathered, in 8 bits (uint8), and
-    the whole one's largest value [0-D]; `tensor` then has its shape, dtype and gradient, but no values.
+    history: of delayed scaling, fp32 [3, steps], the newest last: the largest values of x, of the weight, and of the result's
+    gradient. site: its name, under which this step's are tapped; the gradient's comes as the cotangent of history's last place.
+    payload, top: the weight as it was gathered, in 8 bits (uint8), and the whole one's largest value [0-D]; `tensor` then has
+    its shape, dtype and gradient, but no values.
     """
 
     tensor: Tensor
@@ -87,14 +88,15 @@ class Lowered:
         if self.payload is not None and self.top is not None:
             made = factors(self.top.reshape(1, 1, 1, 1), self.recipe.format, self.recipe.weight)
             low = (flattened(run(self.payload, sh.rank, plan.right)).view(self.recipe.format.dtype), made[1])
-        y: Tensor = _Linear.apply(flat, matrix, *low, *shared[key], tops, sh.rank, on)
+        y: Tensor = _Linear.apply(flat, matrix, self.history, *low, *shared[key], tops, sh.rank, on)
         return y.reshape(*x.shape[:-k], *tail)
 
     def _tops(self) -> Tensor | None:
-        """The largest values that set the scales of x and of the weight [2]; None: those of this step."""
+        """The largest values that set the scales of x, of the weight and of the gradient [3]; None: those of this step."""
         if self.history is None:
             return None
-        return self.history.amax(-1) if self.recipe.algorithm == "max" else self.history[:, -1]
+        history = self.history.detach()
+        return history.amax(-1) if self.recipe.algorithm == "max" else history[:, -1]
 
     def _check(self, sh: Sharding, names: tuple[tuple[str, ...], ...], sizes: tuple[int, ...]) -> None:
         block = self.recipe.operand.inner
@@ -141,33 +143,33 @@ def operand(x: Tensor, rank: Tensor | None, on: Lines, top: Tensor | None) -> tu
 
 
 class _Linear(torch.autograd.Function):
-    """x [m, k], w [n, k] -> [m, n]. Kept is x in 8 bits, of which products of one x share one, and w, which is a parameter."""
+    """x [m, k], w [n, k] -> [m, n]. Kept is x in 8 bits, of which products of one x share one, and w, a parameter."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, b: Tensor | None, b_scales: Tensor | None, a: Tensor, a_scales: Tensor, at: Tensor | None,
-        at_scales: Tensor | None, tops: Tensor | None, rank: Tensor | None, on: Lines,
+        x: Tensor, w: Tensor, history: Tensor | None, b: Tensor | None, b_scales: Tensor | None, a: Tensor, a_scales: Tensor,
+        at: Tensor | None, at_scales: Tensor | None, tops: Tensor | None, rank: Tensor | None, on: Lines,
     ) -> Tensor:
         right = _weight(w, b, b_scales, rank, on, tops)
         return multiply(Quantized(a, a_scales), right, x.dtype, on.form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, b, b_scales, a, a_scales, at, at_scales, tops, rank, ctx.on = inputs
+        x, w, history, b, b_scales, a, a_scales, at, at_scales, tops, rank, ctx.on = inputs
         r: Recipe = ctx.on.recipe
         kept = (a, a_scales) if r.one else (at, at_scales)
         ctx.dtype = w.dtype
-        ctx.save_for_backward(*(kept if r.wgrad else (x, None)), w if b is None else None, b, b_scales, tops, rank)
+        ctx.save_for_backward(*(kept if r.wgrad else (x, None)), w if b is None else None, b, b_scales, tops, rank, history)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, scales, w, low, low_scales, tops, rank), on = ctx.saved_tensors, ctx.on
+        (x, scales, w, low, low_scales, tops, rank, history), on = ctx.saved_tensors, ctx.on
         r, dtype = on.recipe, dy.dtype
         for axis in on.alike:
             dy = apply(dy, rank, Psum(axis))
-        g = _quantize(dy, r.gradient, r.operand, rank, on.tokens, on.columns)
+        g = _quantize(dy, r.gradient, r.operand, rank, on.tokens, on.columns, None if tops is None else tops[2])
         b = _weight(w, low, low_scales, rank, on, tops, back=True)
         dx = multiply(g, b, dtype, on.form)
         if r.wgrad:
@@ -178,7 +180,16 @@ class _Linear(torch.autograd.Function):
             dw = (dy.mT @ x).to(ctx.dtype)
         for axis in on.alike:
             dx, dw = apply(dx, rank, Once(axis)), apply(dw, rank, Once(axis))
-        return dx, dw, *(None,) * 9
+        return dx, dw, _newest(history, dy), *(None,) * 9
+
+
+def _newest(history: Tensor | None, dy: Tensor) -> Tensor | None:
+    """A cotangent that is zero but for the last place, which says how large dy is."""
+    if history is None:
+        return None
+    top = dy.abs().amax().to(history.dtype)
+    last = torch.arange(history.numel(), device=history.device).reshape(history.shape) == history.numel() - 1
+    return torch.where(last, top, torch.zeros_like(history))
 
 
 def _weight(

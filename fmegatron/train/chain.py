@@ -184,7 +184,7 @@ def backward(ran: Ran, step: Step, freed: bool) -> None:
     if ran.pullback is None:
         return
     pullback, ran.pullback = ran.pullback, None
-    step.gradients.add(ran.node, _pull(ran, step, freed, pullback)["own"])
+    step.gradients.add(ran.node, probed(ran.node, step, _pull(ran, step, freed, pullback)["own"]))
 
 
 def _pull(ran: Ran, step: Step, freed: bool, pullback: Pullback) -> Tree:
@@ -214,7 +214,19 @@ def backward_weights(ran: Ran, step: Step) -> None:
         grads = ran.pullback.late()["own"]
         ran.pullback = None
         step.weights.leave(ran.node, ran.own, done=True)
-        step.gradients.add(ran.node, grads)
+        step.gradients.add(ran.node, probed(ran.node, step, grads))
+
+
+def probed(node: Node, step: Step, own: Tree) -> Tree:
+    """A node's gradients; what its probes say is tapped."""
+    if not node.probes:
+        return own
+    found = tree.to_paths(own)
+    for path, name in node.probes:
+        add_taps(step.taps, {f"tap.max.{name}": found[path].amax()}, node.index)
+        found[path] = torch.zeros_like(found[path])
+    probed: Tree = tree.from_paths(found)
+    return probed
 
 
 def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]) -> Values:
@@ -231,6 +243,7 @@ def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset
         add_taps(step.taps, out, node.index)
         out = {name: x for name, x in out.items() if not name.startswith("tap.")}
         grads = pullback({name: step.seeds[name.removeprefix("loss.")] for name in out})
+        grads["own"] = probed(node, step, grads["own"])
         del pullback
         if own_grads is not None:
             own_grads = tree.map(torch.add, own_grads, grads["own"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmegatron import optim, tree
-from fmegatron.kernels.quantize import E4M3, multiply, quantize, recipe
+from fmegatron.kernels.quantize import E4M3, factors, multiply, quantize, recipe, scaled
 from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.lower import lower, weights_of
@@ -114,19 +114,36 @@ def test_delayed_scales_are_those_of_the_steps_before(mesh, algorithm):
     tops = []
     for _ in range(steps):
         state, metrics = step(state, batch)
-        tops.append([metrics[f"tap.max.fp8/02/mlp.up.{which}"].flatten()[0].item() for which in "xw"])
+        tops.append([metrics[f"tap.max.fp8/02/mlp.up.{which}"].flatten()[0].item() for which in "xwg"])
     leaf = tree.to_paths(state.params)["layers.0.mlp.up_amax"]
     leaf = unshard(sh.bind(model.sizes), leaf, "layers amax_of amax_steps_2", kind="storage") if mesh else leaf
-    assert torch.equal(leaf[1], torch.tensor(tops[-2:], dtype=torch.float64).T) and not leaf[2].any()
+    assert torch.equal(leaf[1], torch.tensor(tops[-2:], dtype=torch.float64).T) and not leaf[2].any() and leaf[1].all()
+    clip = tree.to_paths(state.opt_state)
+    assert not any(x.any() for path, x in clip.items() if "_amax" in path)
     weight = Lowered(torch.ones(1), how, leaf[1])._tops()
     assert torch.equal(weight, leaf[1].amax(-1) if algorithm == "max" else leaf[1][:, -1])
+
+
+def test_the_gradient_s_largest_value_is_the_cotangent_of_the_history_and_the_next_steps_scale():
+    torch.manual_seed(0)
+    x, w, dy, how = torch.randn(8, 32), torch.randn(32, 16), torch.randn(1, 8, 16), recipe("delayed", history=2)
+    history = torch.tensor([[0.0, 3.0], [0.0, 3.0], [0.0, 5.0]], requires_grad=True)
+    sh, a = SINGLE.bind({"embed": 32, "mlp": 16}), x[None].clone().requires_grad_()
+    y = sh.einsum("batch seq embed, embed mlp -> batch seq mlp", a, Lowered(w, how, history))
+    dx, newest = torch.autograd.grad(y, (a, history), dy)
+    expected = torch.zeros(3, 2)
+    expected[2, 1] = dy.abs().max()
+    assert torch.equal(newest, expected)
+    factor, scale = factors(torch.tensor(5.0), how.gradient, how.operand)
+    back = scaled(w, how.format, how.operand, *factors(torch.full((1, 1, 1, 1), 3.0), how.format, how.operand))
+    assert torch.equal(dx[0], (how.gradient.round(dy[0] * factor).float() @ back.values.T) * scale * back.scales.flatten())
 
 
 def test_delayed_is_tensorwise_with_another_step_s_scale():
     torch.manual_seed(0)
     x, w, how = torch.randn(2, 8, 32), torch.randn(32, 16), recipe("delayed")
     sh = SINGLE.bind({"embed": 32, "mlp": 16})
-    top = torch.stack([x.abs().max(), w.abs().max()])[:, None]
+    top = torch.stack([x.abs().max(), w.abs().max(), x.abs().max()])[:, None]
     def product(weight):
         return sh.einsum("batch seq embed, embed mlp -> batch seq mlp", x, weight)
 

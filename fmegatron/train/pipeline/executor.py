@@ -105,6 +105,7 @@ class Execution:
             zeros = {name: came[name].new_zeros(()).expand_as(came[name]) for name in sorted(moving)}
             self.flights[stage, microbatch] = Flight(step, tape, zeros)
             add_taps(self.taps, step.taps)
+            step.taps = self.taps  # what the backward taps
         for name in values:
             if name.startswith("loss."):
                 self.losses[name] = self.losses[name] + values[name] if name in self.losses else values[name]
