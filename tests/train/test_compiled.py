@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from torch._dynamo.utils import counters
 
 from fmegatron.models.gpt import Config, gpt
+from fmegatron.nn.attention import Attention
+from fmegatron.nn.core import attend
 from fmegatron.sharding import SINGLE
 from fmegatron.testing import assert_max_traces, assert_trees_all_close
 from fmegatron.train.step import plan_step, value_and_grad
-from fmegatron.transforms import Compiled, why_not_compile
+from fmegatron.transforms import Compiled, products_of_bf16, why_not_compile
 
 torch.set_num_threads(1)
 
@@ -49,3 +52,19 @@ def test_a_graph_compiled_before_is_found_on_disk():
     again = run()
     assert counters["inductor"]["fxgraph_cache_hit"] == before + 2  # forward and backward
     assert_trees_all_close(list(again), list(first), 0.0)
+
+
+@pytest.mark.skipif(not products_of_bf16(), reason="this CPU multiplies bf16 itself: nothing is decomposed")
+@pytest.mark.parametrize("attn, masked", [(Attention(0.3), True), (Attention(0.3), False), (Attention(0.3, sink="one"), True)])
+def test_attention_in_bf16_as_a_compiled_block_decomposes_it(attn, masked):
+    """Windows, documents and narrow values come with a mask, which torch wants in the queries' dtype."""
+    q, k, v = (torch.randn(2, 6, 2, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)[None, None] if masked else None
+
+    def run(q, k, v, mask=mask):
+        return attend(attn, q, k, v, mask)
+
+    traced = aot_function(run, fw_compiler=nop, bw_compiler=nop, decompositions=products_of_bf16())
+    found = [(y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))) for y in (traced(q, k, v, mask), run(q, k, v))]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02 * b.detach().abs().max().item())
