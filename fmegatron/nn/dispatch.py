@@ -136,7 +136,7 @@ def by_expert(index: Tensor, experts: int, dropped: bool) -> Sorted:
     """index int64 [t, k]; dropped: some are `experts`, chosen no more, which are left out; their place is n."""
     expert, order = index.reshape(-1).sort(stable=True)
     counts = expert.new_zeros(experts + 1).scatter_add(0, expert, torch.ones_like(expert))[:experts]
-    if dropped:
+    if dropped and not index.is_meta:
         n = int(counts.sum())
         expert, order = expert[:n], order[:n]
     place = torch.arange(len(order), device=index.device)

@@ -70,7 +70,7 @@ def lean(kind: Mlp, p: Experts, x: Tensor, token: Tensor, counts: Tensor, scale:
     An expert's rows exist while it runs; of all rows only what the activation reads is kept. Eager, differentiable once.
     """
     names = [name for name in p if name != "down_bias"]
-    y: Tensor = _Lean.apply(kind, names, token, counts.tolist(), x, scale.to(x.dtype), *(p[name] for name in names))
+    y: Tensor = _Lean.apply(kind, names, token, sizes_of(counts, len(token)), x, scale.to(x.dtype), *(p[name] for name in names))
     return y
 
 
@@ -98,6 +98,12 @@ def product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
+def sizes_of(counts: Tensor, rows: int) -> list[int]:
+    """Rows of each group; where there are no values, in a plan, even shares of `rows`."""
+    e = len(counts)
+    return [rows // e + (i < rows % e) for i in range(e)] if counts.is_meta else counts.tolist()
+
+
 def traceable(x: Tensor) -> bool:
     """Whether the grouped product of such rows can be traced: torch's kernel takes bf16 with strides of 16 bytes."""
     return not x.is_cuda or (x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0)
@@ -106,8 +112,11 @@ def traceable(x: Tensor) -> bool:
 @torch.library.custom_op("fmegatron::grouped_product", mutates_args=())
 def grouped_product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """`product` by one matmul a group, written into its rows; opaque to a tracer, so that it may look at counts."""
-    out = rows.new_empty(rows.shape[0], w.shape[2])
-    groups = counts.tolist()
+    return _each_product(rows, w, counts)
+
+
+def _each_product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    out, groups = rows.new_empty(rows.shape[0], w.shape[2]), sizes_of(counts, len(rows))
     for x, m, y in zip(rows.split(groups), w, out.split(groups), strict=True):
         torch.mm(x, m, out=y)
     return out
@@ -116,8 +125,11 @@ def grouped_product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 @torch.library.custom_op("fmegatron::grouped_outer", mutates_args=())
 def grouped_outer(rows: Tensor, others: Tensor, counts: Tensor) -> Tensor:
     """rows [n, a] transposed times others [n, b], group by group -> [experts, a, b]: the gradient of the weights."""
-    out = rows.new_empty(counts.shape[0], rows.shape[1], others.shape[1])
-    groups = counts.tolist()
+    return _each_outer(rows, others, counts)
+
+
+def _each_outer(rows: Tensor, others: Tensor, counts: Tensor) -> Tensor:
+    out, groups = rows.new_empty(counts.shape[0], rows.shape[1], others.shape[1]), sizes_of(counts, len(rows))
     for x, y, d in zip(rows.split(groups), others.split(groups), out, strict=True):
         torch.mm(x.t(), y, out=d)
     return out
@@ -137,12 +149,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(rows, w, counts)
-        return grouped_product(rows, w, counts)
+        return (_each_product if rows.is_meta else grouped_product)(rows, w, counts)  # a plan counts what is inside
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         rows, w, counts = ctx.saved_tensors
-        return grouped_product(cotangent, w.transpose(1, 2), counts), grouped_outer(rows, cotangent, counts), None
+        times, outer = (_each_product, _each_outer) if rows.is_meta else (grouped_product, grouped_outer)
+        return times(cotangent, w.transpose(1, 2), counts), outer(rows, cotangent, counts), None
 
 
 class _Lean(torch.autograd.Function):

@@ -134,7 +134,7 @@ def routed(
     shape, t, e = x.shape, x.shape[0] * x.shape[1], moe.experts
     x, index, weight = x.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1)
     ways, form = dispatch.ways_of(sh), form_of(sh, x)
-    full = t if x.device.type != "meta" else dispatch.capacity(t, moe.top_k, e, 1.0)  # a plan takes the load to be even
+    full = t if not x.is_meta else dispatch.capacity(t, moe.top_k, e, 1.0)  # a plan takes the load to be even
     slots = full if moe.capacity is None else dispatch.capacity(t, moe.top_k, e, moe.capacity)
     dropped = slots < full
     slot = dispatch.slots_of(index, weight, e, slots, moe.drop) if dropped or form == "padded" else None
@@ -145,8 +145,8 @@ def routed(
     width = "expert_latent" if moe.latent else "embed"
     table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}") if kind.bias else None
     grouped, batched = (partial(fn, kind, p, form=sh.kernels) for fn in (experts.grouped, experts.batched))
-    plain = x.device.type == "cpu" and not blind(x) and sh.kernels == "reference"
-    lean = partial(experts.lean, kind, p) if plain else None
+    here = sh.mesh.device if x.is_meta else "" if blind(x) else x.device.type
+    lean = partial(experts.lean, kind, p) if here == "cpu" and sh.kernels == "reference" else None
     if form == "local":
         y = dispatch.local(x, index, weight, e, grouped, lean, dropped)
     elif form == "ragged":
@@ -163,16 +163,16 @@ def routed(
 
 def blind(x: Tensor) -> bool:
     """Whether the program may not look at values: under a transform, traced into a graph, or without any."""
-    return inside_transform() or compiling() or x.device.type == "meta"
+    return inside_transform() or compiling() or x.is_meta
 
 
 def form_of(sh: Sharding, x: Tensor) -> str:
     """How tokens x travel here: as the rules say, and "local" where they need not."""
     form, alone = sh.rules.dispatch, dispatch.ways_of(sh).alone
-    if form == "ragged" and blind(x) and x.device.type != "meta":
+    if form == "ragged" and blind(x) and not x.is_meta:
         raise ValueError("dispatch 'ragged' looks at values, which a vmap and a compiled block cannot: use 'padded' or 'auto'")
     if alone:
-        return "local" if not blind(x) or (not inside_transform() and compiling() and experts.traceable(x)) else "padded"
+        return "local" if x.is_meta or not blind(x) or (not inside_transform() and compiling() and experts.traceable(x)) else "padded"
     return form if form in ("gather", "padded") else "padded" if blind(x) else "ragged"
 
 

@@ -149,7 +149,8 @@ def count(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -
     packet = func.overloadpacket
     if func.is_view or packet in FREE:
         return Count()
-    moved = float(sum(x.numel() * x.element_size() for value in (args, kwargs, out) for x in _tensors(value)))
+    values = (args, kwargs) if "out" in kwargs else (args, kwargs, out)
+    moved = float(sum(x.numel() * x.element_size() for x in _tensors(values)))
     if packet in ATTENTION:
         return Count(attention=_attention(packet is ATTENTION[1], args, kwargs), moved=moved, operands=moved)
     if packet in flop_registry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fmegatron.data.batches import NAMES
@@ -13,7 +13,7 @@ from fmegatron.plan.config import PlanConfig
 from fmegatron.plan.legal import fullest
 from fmegatron.plan.memory import host_of, memory_of
 from fmegatron.plan.seconds import per_microbatch
-from fmegatron.plan.work import Work, evenly_loaded, first_layers, work_of
+from fmegatron.plan.work import Work, first_layers, work_of
 from fmegatron.sharding import abstract_mesh
 from fmegatron.sharding.apart import inside, replicas
 from fmegatron.sharding.traffic import Row, wire_bytes
@@ -58,7 +58,8 @@ def study(run: PlanConfig, model: Model) -> Study:
     t, stages, m = run.training, run.mesh.pp, run.training.microbatches
     sizes = {axis: n for axis, n in run.mesh.sizes.items() if n > 1}
     rule = setup.semisync_of(run)
-    every = setup.sharding_of(run, abstract_mesh(**{axis: n for axis, n in sizes.items() if axis != "pp"}))
+    mesh = abstract_mesh(**{axis: n for axis, n in sizes.items() if axis != "pp"})
+    every = setup.sharding_of(run, replace(mesh, device="cpu") if run.hardware == "cpu" else mesh)
     sh, rows = inside(every), (t.global_batch, run.data.seq)
     own = (rows[0] // replicas(every), rows[1])  # of a replica that goes apart
     shared: dict[str, Any] = {
@@ -72,7 +73,6 @@ def study(run: PlanConfig, model: Model) -> Study:
         return setup.optimizer_of(run, part, setup.schedule_of(run))
 
     flops, whole = flops_of(model, rows[1], rows[0])
-    model = evenly_loaded(model)
     work = work_of(model, sh, tx_of, batch=own, microbatches=m, donate=t.donate, **shared)
     layers = fullest(run, model)
     stage = first_layers(model, layers)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fmegatron import optim, tree
-from fmegatron.models import Config, Model, gpt
+from fmegatron.models import Model
 from fmegatron.nn.param import Param
 from fmegatron.optim import Transform
 from fmegatron.plan.meter import Count, Fused, Meter
@@ -114,14 +114,6 @@ def _period(kinds: list[Hashable]) -> tuple[int, int]:
     n = len(kinds)
     pairs = ((total - p, p) for total in range(1, n + 1) for p in range(total, 0, -1))
     return next((s, p) for s, p in pairs if all(kinds[i] == kinds[i + p] for i in range(s, n - p))) if n else (0, 1)
-
-
-def evenly_loaded(model: Model) -> Model:
-    """The same model with a capacity of one: what experts without one do where each has its share of the tokens."""
-    c = model.config
-    if not isinstance(c, Config) or c.moe is None or c.moe.capacity is not None:
-        return model
-    return gpt(replace(c, moe=replace(c.moe, capacity=1.0, drop="position")))
 
 
 def first_layers(model: Model, n: int) -> Model:
