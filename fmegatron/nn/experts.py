@@ -22,6 +22,7 @@ from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param, bias
 
 Experts = dict[str, Any]
+PIECE = 1 << 17  # numbers that an activation takes at once
 
 
 def declare(kind: Mlp, inner: Init, outer: Init, width: str = "embed") -> dict[str, Param]:
@@ -178,7 +179,10 @@ class _Lean(torch.autograd.Function):
                 torch.mm(rows, p[name][e], out=kept[name][here])
                 if kind.bias:
                     kept[name][here] += p[f"{name}_bias"][e]
-            h = mlp.hidden(kind, kept["gate"][here] if kind.gated else None, kept["up"][here])
+            h = torch.empty_like(kept["up"][here])
+            for piece in _pieces(h):
+                own = [kept[name][here][piece] for name in reads]
+                h[piece] = mlp.hidden(kind, own[0] if kind.gated else None, own[-1])
             y.index_add_(0, token[here], (h @ p["down"][e]).mul_(scale[here, None]).to(y.dtype))
         ctx.save_for_backward(token, x, scale, *w)
         ctx.how, ctx.kept = (kind, names, groups, reads), kept
@@ -213,15 +217,26 @@ class _Lean(torch.autograd.Function):
 
 def _through_activation(kind: Mlp, inner: dict[str, Tensor], down: Tensor, ct: Tensor, scale: Tensor, d_down: Tensor) -> Tensor:
     """Of one expert's rows: gradients over what the activation read, that of `down` into its place; returns that of scale."""
-    reads = [y.detach().requires_grad_() for y in inner.values()]
-    with torch.enable_grad():
-        h = mlp.hidden(kind, reads[0] if kind.gated else None, reads[-1])
-    d_h = ct @ down.t()
-    d_scale = torch.einsum("nf,nf->n", d_h, h.detach())
-    torch.mm(h.detach().t(), ct.mul_(scale[:, None]), out=d_down)
-    for y, found in zip(inner.values(), torch.autograd.grad(h, reads, d_h.mul_(scale[:, None])), strict=True):
-        y.copy_(found)
+    h = ct @ down.t()  # its gradient first, itself in the end
+    d_scale = torch.empty_like(scale)
+    for piece in _pieces(h):
+        d_h, own = h[piece], [y[piece] for y in inner.values()]
+        reads = [y.detach().requires_grad_() for y in own]
+        with torch.enable_grad():
+            found = mlp.hidden(kind, reads[0] if kind.gated else None, reads[-1])
+        torch.sum(d_h * found.detach(), 1, out=d_scale[piece])
+        for y, d_y in zip(own, torch.autograd.grad(found, reads, d_h.mul_(scale[piece, None])), strict=True):
+            y.copy_(d_y)
+        d_h.copy_(found.detach())
+    torch.mm(h.t(), ct.mul_(scale[:, None]), out=d_down)
     return d_scale
+
+
+def _pieces(x: Tensor) -> Iterator[slice]:
+    """Rows of x by so many that what is computed from them stays in a core's own cache."""
+    step = max(1, PIECE // max(x.shape[1], 1))
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _like(w: Tensor, groups: Sequence[int]) -> Tensor:
