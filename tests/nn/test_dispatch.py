@@ -8,13 +8,16 @@ from functools import cache
 import pytest
 import torch
 
+from fmegatron import optim
 from fmegatron.models import Config, gpt
 from fmegatron.nn import moe
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Rules, Sharding, shard, spmd, thread_mesh, virtual_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
-from fmegatron.train.step import plan_step
+from fmegatron.testing.formula_moe import Exchange, difference, expert_traffic
+from fmegatron.train.state import init
+from fmegatron.train.step import make_step, plan_step
 
 BLOCK = Moe(experts=8, top_k=3, mlp=8, shared=12, shared_gate=True, score="sigmoid", sequence_loss=0.1, z_loss=0.01,
             global_loss=0.3, balance_bias=True, first_dense=1)  # fmt: skip
@@ -122,3 +125,49 @@ def test_counts_and_bytes_of_the_exchanges_are_the_formulas(ep, tp):
     ranks = ep * tp
     gathered = sum(n for (kind, _), (n, _) in counts.items() if kind == "all_gather")
     assert gathered == 3 * (1 + (tp > 1)) and counts["reduce_scatter", "ep"][1] == t * ranks // (tp if tp > 1 else 1) * d * byte
+
+
+EVEN = replace(CONFIG, mlp_bias=False, moe=replace(BLOCK, top_k=2, forced=True, balance_bias=False))
+STEPS = {  # form and mesh, rules, sizes, axes that carry tokens and experts, and tokens and an expert's width
+    "ep tp": ("fsdp_tp_sp", {"ep": 2, "tp": 2}, ["ep"], ["tp"]),
+    "dp ep, twice": ("fsdp", {"dp": 2, "ep": 2}, ["ep"], []),
+    "ep of tp whole": ("tp", {"ep": 2, "tp": 2}, ["ep"], []),
+    "folded": (FOLDED, {"ep": 2, "cp": 2, "tp": 2}, ["ep", "cp"], ["tp"]),
+    "folded tpa": (FOLDED, {"tpa": 2, "tp": 2}, ["tpa"], ["tp"]),
+}
+
+
+def stepped(form, mesh, rules, sizes, **settings):
+    """{(collective, axis): (count, bytes)} of a train step of fp32."""
+    rules = RULES[rules] if isinstance(rules, str) else rules
+    mesh, traffic = counted(mesh(**sizes))
+    sh, model, tx = Sharding(mesh, replace(rules, dispatch=form)), gpt(EVEN), optim.sgd(0.1)
+    local = {name: shard(sh, x.float() if name == "weights" else x, "batch seq") for name, x in batch().items()}
+    make_step(model, tx, sh, **settings)(init(model, tx, sh), local)
+    return traffic.counts()
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in ("ep tp", "folded tpa") else pytest.mark.long)
+                                  for name in STEPS])  # fmt: skip
+def test_what_a_steps_experts_send_is_the_closed_form(case):
+    """Between forms of dispatch only the experts' part differs; exchanges over ep are theirs alone."""
+    rules, sizes, moved, wide = STEPS[case]
+    again = {"remat": "full", "microbatches": 2} if case == "dp ep, twice" else {}
+    m = again.get("microbatches", 1)
+    tokens = 64 // m
+    for axis in sizes:
+        tokens //= sizes[axis] if axis != "tp" or wide else 1
+    partial = ("tp",) if "tp" in sizes and not wide else ()
+    forward, backward = m * (2 if again else 1), m
+
+    def said(form):
+        layer = Exchange(form, 8, 2, tokens, 16, {a: sizes[a] for a in moved}, {a: sizes[a] for a in wide}, partial)
+        return expert_traffic(layer, forward, backward)
+
+    padded, gather = (stepped(form, virtual_mesh, rules, sizes, **again) for form in ("padded", "gather"))
+    assert difference(padded, gather) == difference(said("padded"), said("gather"))
+    assert {key: x for key, x in padded.items() if key[0] == "all_to_all"} == {
+        key: x for key, x in said("padded").items() if key[0] == "all_to_all"
+    }
+    here, ragged = (stepped(form, thread_mesh, rules, sizes, **again) for form in ("padded", "ragged"))
+    assert difference(ragged, here) == difference(said("ragged"), said("padded"))
