@@ -71,7 +71,8 @@ def lean(kind: Mlp, p: Experts, x: Tensor, token: Tensor, counts: Tensor, scale:
     An expert's rows exist while it runs; of all rows only what the activation reads is kept. Eager, differentiable once.
     """
     names = [name for name in p if name != "down_bias"]
-    y: Tensor = _Lean.apply(kind, names, token, sizes_of(counts, len(token)), x, scale.to(x.dtype), *(p[name] for name in names))
+    groups = sizes_of(counts, len(token))
+    y: Tensor = _Lean.apply(kind, names, token, groups, x, scale.to(x.dtype), *(p[name] for name in names))
     return y
 
 

@@ -172,7 +172,8 @@ def form_of(sh: Sharding, x: Tensor) -> str:
     if form == "ragged" and blind(x) and not x.is_meta:
         raise ValueError("dispatch 'ragged' looks at values, which a vmap and a compiled block cannot: use 'padded' or 'auto'")
     if alone:
-        return "local" if x.is_meta or not blind(x) or (not inside_transform() and compiling() and experts.traceable(x)) else "padded"
+        traced = compiling() and not inside_transform() and experts.traceable(x)
+        return "local" if x.is_meta or traced or not blind(x) else "padded"
     return form if form in ("gather", "padded") else "padded" if blind(x) else "ragged"
 
 
