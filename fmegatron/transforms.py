@@ -221,15 +221,13 @@ def products_of_bf16() -> dict[Any, Callable[..., Any]]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return {}
 
-    def wide(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
-
     def widened(op: Any, returns: Sequence[bool]) -> Callable[..., Any]:
         def decomposed(*args: Any, **options: Any) -> Any:
-            narrow = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.bfloat16]
-            if not narrow or narrow[0].device.type != "cpu":
+            given = [*args, *options.values()]  # attention's mask is named
+            if next((x.device.type for x in given if isinstance(x, Tensor) and x.dtype == torch.bfloat16), "") != "cpu":
                 return NotImplemented
-            out = op(*(wide(x) for x in args), **{name: wide(x) for name, x in options.items()})  # attention's mask is named
+            wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in given]
+            out = op(*wide[: len(args)], **dict(zip(options, wide[len(args) :], strict=True)))
             if isinstance(out, Tensor):
                 return out.bfloat16()
             return tuple(y.bfloat16() if rounds else y for y, rounds in zip(out, returns, strict=True))
