@@ -48,6 +48,7 @@ class Streaming:
     column: str = option("tokens", "where a sample has its tokens: integers, or bytes of dtype")
     dtype: str | None = option(None, "of tokens that are bytes, such as int64")
     valid: tuple[dict[str, Any], ...] = option((), "held-out streams")
+    pack: bool = option(False, "several samples a row, as many as fit, of one shard; what counts samples then counts rows")
     replica_groups: tuple[str, ...] = option((), "groups of streams by part of the batch; none: each group once")
     epoch_size: int | None = option(None, "samples in an epoch, by the streams' proportions; none: as they are", at_least=1)
     shuffle: bool = option(True, "a new order each epoch")

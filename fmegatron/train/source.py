@@ -137,6 +137,7 @@ def _streams(c: RunConfig) -> mds.StreamCorpus:
         s.predownload,
         {"limit": s.cache_limit, "retries": s.download_retry, "hash": s.validate_hash},
         {"column": s.column, "dtype": s.dtype},
+        (c.data.cache or c.run.folder.parent / "cache") if s.pack else None,
     )
 
 

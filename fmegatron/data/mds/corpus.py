@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fmegatron.data import tokenizers
@@ -21,7 +22,7 @@ STREAM_KEYS = ("local", "remote", "split", "proportion", "repeat", "choose", "gr
 class StreamCorpus(tokenizers.Tokenized):
     """Streams to train on in `order`, others to validate on; `slots` give parts of the batch to groups (see `StreamRows`).
 
-    options: of `Streams` (limit, retries, hash, ...); tokens: of `TokenRows` (column, dtype).
+    options: of `Streams` (limit, retries, hash, ...); tokens: of `TokenRows` (column, dtype); pack: as in `StreamRows`.
     """
 
     train: Sequence[Stream]
@@ -33,6 +34,7 @@ class StreamCorpus(tokenizers.Tokenized):
     predownload: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, Any] = field(default_factory=dict)
+    pack: str | Path | None = None
 
     def samples(self, seq: int, seed: int, *, reset_positions: bool = True) -> StreamRows:
         """Training rows without end; the order's own seed counts, not `seed`."""
@@ -43,6 +45,7 @@ class StreamCorpus(tokenizers.Tokenized):
             self.global_batch,
             slots=self.slots,
             predownload=self.predownload,
+            pack=self.pack,
             **self._cut(reset_positions),
         )
 

@@ -1,13 +1,15 @@
 """Training rows out of streams of token samples: `row(number)`, a pure function of (seed, number, global batch).
 
-A sample of L tokens is a row: tokens [0, L - 1) and their labels [1, L), padded to `seq`. A number is a step and a row of its
-global batch; rows belong to slots, slots to groups of streams, and each group deals its own samples in its own order.
+A sample of L tokens is a row: tokens [0, L - 1) and their labels [1, L), padded to `seq`; or several share one. A number is
+a step and a row of its global batch; rows belong to slots, slots to groups of streams, and each group deals its own samples in
+its own order.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from fmegatron.data.mds.order import Order, Part, batch_rows, epoch_order
 from fmegatron.data.mds.shuffle import Ints
 from fmegatron.data.mds.streams import Streams
+from fmegatron.data.pack import PackIndex, cached, first_fit
 from fmegatron.data.samples import Row
 
 
@@ -75,22 +78,30 @@ class TokenRows:
         return self._read(number) | {"sample": np.array(number)}
 
     def _read(self, number: int) -> Row:
-        text = self._tokens(number) if number < len(self) else np.zeros(1, np.int64)
-        seq, count = self.seq, len(text) - 1
+        return self.laid([self.tokens(number)] if number < len(self) else [])
+
+    def laid(self, texts: Sequence[Any]) -> Row:
+        """Samples side by side in a row: each is a document at least, and so is the padding."""
+        seq, at = self.seq, 0
         tokens, labels, documents = (np.zeros(seq, np.int64) for _ in range(3))
-        tokens[:count], labels[:count] = text[:-1], text[1:]
-        if self.eod is not None and count:
-            documents[1:count] = np.cumsum(text[: count - 1] == self.eod)
-        documents[count:] = documents[max(count - 1, 0)] + 1  # padding is a document of its own
+        for text in texts:
+            stop = at + len(text) - 1
+            tokens[at:stop], labels[at:stop] = text[:-1], text[1:]
+            documents[at:stop] = documents[at - 1] + 1 if at else 0
+            if self.eod is not None:
+                documents[at + 1 : stop] += np.cumsum(text[:-2] == self.eod)
+            at = stop
+        documents[at:] = documents[max(at - 1, 0)] + 1
         positions = np.arange(seq)
         if self.reset_positions:
             begins = np.zeros(seq, np.int64)
             begins[1:] = positions[1:] * (documents[1:] > documents[:-1])
             positions -= np.maximum.accumulate(begins)
-        weights = (np.arange(seq) < count).astype(np.float32)
+        weights = (np.arange(seq) < at).astype(np.float32)
         return dict(tokens=tokens, labels=labels, weights=weights, positions=positions, documents=documents)
 
-    def _tokens(self, number: int) -> Any:
+    def tokens(self, number: int) -> Any:
+        """The tokens of a sample, checked."""
         try:
             value = self.streams.sample(number, self.column)
         except KeyError:
@@ -111,11 +122,59 @@ class TokenRows:
         return value
 
 
+class PackedStreams:
+    """The samples of streams in rows that they share, first-fit: `row(number)`, and what an order asks of streams.
+
+    A row's samples are of one shard. So rows stand where samples stood: drawn, shuffled, dealt to nodes and fetched shard by
+    shard. Every sample's length is read once; the index is kept below `folder`.
+    """
+
+    def __init__(self, rows: TokenRows, folder: str | Path) -> None:
+        self.rows, self.streams = rows, rows.streams
+        shards = [sizes.tolist() for sizes in self.streams.sizes]
+
+        def index() -> dict[str, Any]:
+            first, counts, sizes, items = 0, list[Ints](), list[int](), list[Ints]()
+            for size in (size for of_stream in shards for size in of_stream):
+                lengths = np.array([len(rows.tokens(first + i)) - 1 for i in range(size)], np.int64)
+                found = first_fit(lengths, rows.seq, first)
+                counts.append(np.diff(found.starts))
+                items.append(found.items + first)
+                sizes.append(len(counts[-1]))
+                first += size
+            starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+            return {"starts": starts, "items": np.concatenate(items), "sizes": np.array(sizes, np.int64)}
+
+        kept = cached(folder, f"mds seq={rows.seq} column={rows.column} {rows.dtype} {self.streams.facts()}", index)
+        self.index = PackIndex(kept["starts"], kept["items"])
+        self.sizes = np.split(kept["sizes"], np.cumsum([len(of_stream) for of_stream in shards])[:-1])
+
+    def __len__(self) -> int:
+        return len(self.index.starts) - 1
+
+    def row(self, number: int) -> Row:
+        """Row `number`; those behind the last are padding."""
+        return self.rows.laid([self.rows.tokens(int(i)) for i in self._samples(number)]) | {"sample": np.array(number)}
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Fetch the shards of these rows in the background."""
+        self.streams.ahead([int(self._samples(number)[0]) for number in numbers])
+
+    def parts(self, group: str) -> list[Part]:
+        """As `Streams.parts`, of rows."""
+        return self.streams.parts(group, self.sizes)
+
+    def _samples(self, number: int) -> Ints:
+        first, stop = self.index.starts[number : number + 2] if number < len(self) else (0, 0)
+        return self.index.items[first:stop]
+
+
 class StreamRows:
     """Rows for training, without end, from any thread: samples as `TokenRows` cuts them, in the order of each group.
 
     slots: group names; slot k of n is the k-th n-th of the rows of a global batch (none: each group once). predownload:
-    samples of this process to have shards ready for (none: 8 batches).
+    samples of this process to have shards ready for (none: 8 batches). pack: the folder of the index by which samples share
+    rows (see `PackedStreams`); what else is said of samples is then said of these rows. None: one sample a row.
     """
 
     def __init__(
@@ -127,10 +186,14 @@ class StreamRows:
         *,
         slots: Sequence[str] = (),
         predownload: int | None = None,
+        pack: str | Path | None = None,
         **options: Any,
     ) -> None:
         self.streams, self.global_batch, self.predownload = streams, global_batch, predownload
-        self._rows = TokenRows(streams, seq, **options)
+        single = TokenRows(streams, seq, **options)
+        source = streams if pack is None else PackedStreams(single, pack)
+        self._rows = single if pack is None else source
+        self._source: Any = source
         groups = streams.groups()
         self.slots = tuple(slots) or groups
         if set(self.slots) != set(groups):
@@ -140,7 +203,7 @@ class StreamRows:
             near = global_batch // len(self.slots) * len(self.slots) or len(self.slots)
             raise ValueError(f"a global batch of {global_batch} does not divide over {len(self.slots)} groups: use {near}")
         share = global_batch // len(self.slots)
-        self._deals = {name: Deal(order, streams.parts(name), share * self.slots.count(name)) for name in groups}
+        self._deals = {name: Deal(order, self._source.parts(name), share * self.slots.count(name)) for name in groups}
         self._share = share
         self._step, self._looked, self._asked = -1, -(2**62), set[int]()
         self._last = -1, np.empty(0, np.int64)
@@ -174,4 +237,4 @@ class StreamRows:
         if mine and not 0 <= step - self._looked < max(steps // 2, 1):
             self._looked = step
             coming = [self.ids(step + later)[mine] for later in range(steps + 1)]
-            self.streams.ahead(np.concatenate(coming).tolist())
+            self._source.ahead(np.concatenate(coming).tolist())

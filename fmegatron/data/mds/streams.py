@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,10 +82,16 @@ class Streams(Sequence[Sample]):
         shards = np.searchsorted(self._starts, np.asarray(list(numbers), np.int64), side="right") - 1
         self.cache.ahead(dict.fromkeys(shards.tolist()))
 
-    def parts(self, group: str) -> list[Part]:
-        """The streams of a group, as an order sees them."""
-        firsts = np.cumsum([0, *(int(sizes.sum()) for sizes in self.sizes)]).tolist()
-        of = zip(firsts, self.sizes, self.streams, strict=False)
+    def facts(self) -> str:
+        """What tells these shards from others, for the name of what is made of them."""
+        known = [(str(place.local), place.remote, shard.raw_data, shard.samples) for place, shard in self.cache.shards]
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def parts(self, group: str, rows: Sequence[Any] | None = None) -> list[Part]:
+        """The streams of a group, as an order sees them: the samples of each shard, or as many `rows` of it."""
+        every = self.sizes if rows is None else rows
+        firsts = np.cumsum([0, *(int(sizes.sum()) for sizes in every)]).tolist()
+        of = zip(firsts, every, self.streams, strict=False)
         return [Part(first, sizes, stream.weight) for first, sizes, stream in of if stream.group == group]
 
     def groups(self) -> tuple[str, ...]:

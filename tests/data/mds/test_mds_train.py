@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fmegatron import cli, config
-from fmegatron.data.mds import MDSWriter
+from fmegatron.data.mds import MDSWriter, Stream, Streams
+from fmegatron.data.mds.rows import PackedStreams, TokenRows
 from fmegatron.train.source import source_of
 
 STREAMS = """
@@ -72,6 +73,42 @@ def test_a_run_from_streams_goes_on_at_another_number_of_ranks(folder: Path, cap
     assert any("heldout_loss" in record for record in records)
     said = config.load(folder / "whole/config.toml")
     assert said.data.streams[0]["proportion"] == 3.0 and said.streaming.replica_groups == ("web", "code")
+
+
+def test_packed_samples_share_rows_of_one_shard_and_no_document(folder: Path) -> None:
+    streams, seq = Streams([Stream("near/web", "far/web"), Stream("near/code", "far/code")]), 48
+    rows, packed = TokenRows(streams, seq), PackedStreams(TokenRows(streams, seq, reset_positions=True), "cache")
+    starts = np.cumsum([0, *np.concatenate(streams.sizes)])
+    whole = [rows.tokens(number) for number in range(len(streams))]
+    seen: list[int] = []
+    for number in range(len(packed)):
+        row, samples = packed.row(number), packed._samples(number).tolist()
+        assert len(set(np.searchsorted(starts, samples, side="right").tolist())) == 1  # of one shard
+        for document, sample in enumerate(samples):
+            here = row["documents"] == document
+            assert row["tokens"][here].tolist() == whole[sample][:-1].tolist()
+            assert row["labels"][here].tolist() == whole[sample][1:].tolist()
+            assert row["positions"][here].tolist() == list(range(int(here.sum()))) and row["weights"][here].all()
+        assert not row["weights"][row["documents"] >= len(samples)].any() and row["weights"].sum() <= seq
+        seen += samples
+    assert sorted(seen) == list(range(len(streams))) and len(packed) < 0.6 * len(streams)
+    assert not packed.row(len(packed))["weights"].any()
+    assert [sizes.sum() for sizes in packed.sizes] == [part.sizes.sum() for part in packed.parts("all")]
+    assert sum(sizes.sum() for sizes in packed.sizes) == len(packed)
+
+
+def test_a_packed_run_reads_every_row_once_an_epoch_and_goes_on_bitwise(folder: Path) -> None:
+    options = ["--streaming.pack", "true", "--data.seq", "48", "--data.streams", '[{local = "far/web"}]',
+               "--streaming.replica_groups", "[]", "--optimizer.schedule", "constant"]  # fmt: skip
+    for steps, out in ((2, "parts"), (4, "parts"), (4, "whole")):
+        assert cli.main(["train", "run.toml", "--run.dir", out, "--training.steps", str(steps), *options]) == 0
+    assert losses(folder / "parts") == losses(folder / "whole")
+    table = {"streaming": {"pack": True, "replica_groups": []}, "data": {"seq": 48, "streams": [{"local": "far/web"}]}}
+    rows = source_of(config.load("run.toml", table), print).rows
+    count = rows._deals["all"].per_epoch
+    first = [rows.row(number)["tokens"].tobytes() for number in range(count)]
+    again = [rows.row(number)["tokens"].tobytes() for number in range(count, 2 * count)]
+    assert sorted(first) == sorted(again) and first != again and len(set(first)) == len(rows._source) < 30
 
 
 @pytest.mark.parametrize(
