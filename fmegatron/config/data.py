@@ -13,6 +13,8 @@ class Data:
     """The text, its tokens, and how samples are cut from it."""
 
     source: str = option("stdlib", "stdlib (this Python's own), a prefix of .bin and .idx, mock, or your.module:function")
+    kind: Literal["text", "bert", "t5"] = option("text", "rows of source: text; bert's or t5's, for a model.function")
+    masked: dict[str, Any] = option({}, "of bert: cls, sep, mask, ...; of t5: bos, eos, sentinels, ...; see data.MaskedText")
     blend: dict[str, Any] = option({}, "prefix = weight for several, in place of source")
     valid_blend: dict[str, Any] = option({}, "the same for held-out text, in place of valid")
     split: str | None = option(None, "parts of source or blend for train, valid and test, such as 969,30,1")

@@ -12,6 +12,7 @@ from fmegatron.data.fim import Fim
 from fmegatron.data.gpt import GptOptions, GptSamples, split_bounds
 from fmegatron.data.gpt_indices import GptIndex, gpt_index
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from fmegatron.data.masked import MaskedText
 from fmegatron.data.masking import Masking, continuations
 from fmegatron.data.mixture import Mixture, ramp
 from fmegatron.data.pack import Packed, PackIndex, Sizes, StepIndex, Steps, by_length, first_fit, one_each
@@ -43,6 +44,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedWriter",
     "Masking",
+    "MaskedText",
     "Mixture",
     "Megatron",
     "PackIndex",

@@ -217,6 +217,15 @@ def _unpickled(text: str, eod: str | None) -> Bpe:
     return Bpe(hf.Tokenizer.from_str(text), eod)
 
 
+def token_id(codec: Tokenizer, name: str, said: Any) -> int:
+    """The id of a token, named by its text or its number. Raises ValueError; `name` is the setting."""
+    found = codec.inner.token_to_id(said) if isinstance(codec, Bpe) and isinstance(said, str) else said
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < codec.vocab_size:
+        known = f"the tokenizer has {codec.vocab_size} tokens"
+        raise ValueError(f"{name} = {said}: name a token, by its text or its number ({known})")
+    return found
+
+
 class Tokenized:
     """A text that knows the tokenizer it was made with: a base of corpora, whose field `tokenizer` is what `load` takes."""
 

@@ -96,19 +96,10 @@ def fill_in_the_middle(c: RunConfig, codec: tokenizers.Tokenizer, rows: data.Row
         raise ConfigError(f"data.fim has no {unknown[0]}, it has {', '.join(FIM)}")
     if c.data.sft:
         raise ConfigError("data.fim is for text, and data.sft is set: drop one of the two")
-    tokens = {name: _token(codec, name, table.get(name)) for name in FIM[:3]}
-    rest: dict[str, Any] = tokens | {name: table[name] for name in ("rate", "spm") if name in table}
+    rest: dict[str, Any] = {name: table[name] for name in ("rate", "spm") if name in table}
     rest |= {"codec": codec if table.get("characters", False) else None, "reset_positions": c.data.reset_positions}
     try:
+        rest |= {name: tokenizers.token_id(codec, f"data.fim.{name}", table.get(name)) for name in FIM[:3]}
         return data.Fim(rows, c.run.seed, eod=codec.eod, **rest)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"data.fim: {error}") from None
-
-
-def _token(codec: tokenizers.Tokenizer, name: str, said: Any) -> int:
-    """The id of a token named by its text or its number."""
-    found = codec.inner.token_to_id(said) if isinstance(codec, tokenizers.Bpe) and isinstance(said, str) else said
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < codec.vocab_size:
-        known = f"the tokenizer has {codec.vocab_size} tokens"
-        raise ConfigError(f"data.fim.{name} = {said}: name a token, by its text or its number ({known})")
-    return found
+        raise ConfigError(str(error) if "data.fim" in str(error) else f"data.fim: {error}") from None

@@ -155,6 +155,9 @@ def model_of(c: RunConfig, source: Source) -> Model:
         sizes = {"vocab": padded} if c.data.source == "stdlib" or c.data.pad_vocab > 1 else {}
         model = models.preset(c.model.preset, **(sizes | c.model.overrides))
         model = mup_of(c, model)[0] if c.model.mup else model
+    if c.data.kind != "text" and isinstance(model.config, models.Config):
+        said = f"data.kind = {c.data.kind}: this decoder predicts the next token and does not take such rows"
+        raise ConfigError(f'{said}: name a model.function of your own, or data.kind = "text"')
     known = model.sizes.get("vocab")
     if vocab is not None and known is not None and vocab > (size := known if isinstance(known, int) else known.n):
         raise ConfigError(f"the tokenizer has {vocab} tokens and the model {size}: set model.overrides.vocab = {vocab}")

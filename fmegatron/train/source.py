@@ -15,6 +15,7 @@ from fmegatron.train.mixing import files_of, fill_in_the_middle, mixed, stepped
 from fmegatron.train.setup_batch import samples_before
 
 Say = Callable[[str], None]
+Text = data.Corpus | data.Conversations | mds.StreamCorpus | data.MaskedText
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Source:
     """Training rows, and what is known of them: held-out text, the tokenizer, what compressors make of the held-out text."""
 
     rows: Any  # data.batches.Rows; None where another process reads for this one
-    corpus: data.Corpus | data.Conversations | mds.StreamCorpus | None = None
+    corpus: Text | None = None
     compressors: Mapping[str, float] = field(default_factory=dict)
     reads: bool = True
 
@@ -40,8 +41,12 @@ class Source:
 def source_of(c: RunConfig, say: Say, *, reads: bool = True) -> Source:
     """The text of a run, tokenized first where it is the standard library; reads: whether this process makes rows of it."""
     d = c.data
-    corpus: data.Corpus | data.Conversations | mds.StreamCorpus
-    if d.sft is not None:
+    corpus: Text
+    if d.kind != "text":
+        corpus = _masked(c)
+    elif d.masked:
+        raise ConfigError('data.masked is for data.kind = "bert" or "t5": say which')
+    elif d.sft is not None:
         corpus = _conversations(c)
     elif d.streams:
         corpus = _streams(c)
@@ -61,7 +66,7 @@ def source_of(c: RunConfig, say: Say, *, reads: bool = True) -> Source:
     return Source(_rows(c, corpus) if reads else None, corpus, compressors, reads)
 
 
-def _rows(c: RunConfig, corpus: data.Corpus | data.Conversations | mds.StreamCorpus) -> data.Rows:
+def _rows(c: RunConfig, corpus: Text) -> data.Rows:
     d = c.data
     if d.step_tokens is not None:
         return _left(stepped(c, corpus), d.skip)
@@ -73,10 +78,8 @@ def _token_files(c: RunConfig) -> data.Corpus:
     d = c.data
     names = files_of(d.mixture) if d.mixture else list(d.blend) or [d.source]
     for name in names:
-        if name != "mock" and "://" not in name:
-            for suffix in (".bin", ".idx"):
-                if not Path(name + suffix).is_file():
-                    raise ConfigError(f"data.source = {name}: no file {name}{suffix} (fmegatron tokenize writes them)")
+        if name != "mock":
+            _has_files("data.source", name)
     if "mock" in names and d.order != "megatron":
         raise ConfigError('data.source = mock: these are Megatron\'s, set data.order = "megatron"')
     tokenizer = d.tokenizer or c.model.hf
@@ -104,6 +107,32 @@ def _positive(weight: Any) -> bool:
         return 0 < float(weight) < float("inf")
     except (TypeError, ValueError):
         return False
+
+
+def _masked(c: RunConfig) -> data.MaskedText:
+    d = c.data
+    others = {"blend": d.blend, "valid_blend": d.valid_blend, "split": d.split, "sft": d.sft, "streams": d.streams,
+              "mixture": d.mixture, "fim": d.fim, "step_tokens": d.step_tokens,
+              'order = "megatron"': d.order == "megatron"}  # fmt: skip
+    if clash := [name for name, said in others.items() if said]:
+        raise ConfigError(f'data.kind = "{d.kind}" and data.{clash[0]} are both set: drop one of the two')
+    if d.tokenizer is None:
+        raise ConfigError("data.tokenizer: name the tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
+    for prefix in (d.source, *([d.valid] if d.valid else [])):
+        _has_files("data.source", prefix)
+    assert d.kind != "text"
+    made = data.MaskedText(d.source, d.tokenizer, d.kind, d.masked, d.valid)
+    try:
+        made.settings_of()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.masked: {error}") from None
+    return made
+
+
+def _has_files(key: str, prefix: str) -> None:
+    for suffix in (".bin", ".idx"):
+        if "://" not in prefix and not Path(prefix + suffix).is_file():
+            raise ConfigError(f"{key} = {prefix}: no file {prefix}{suffix} (fmegatron tokenize writes them)")
 
 
 def _conversations(c: RunConfig) -> data.Conversations:
@@ -164,9 +193,7 @@ def sets(c: RunConfig, source: Source) -> dict[str, Source]:
         raise ConfigError("validation.sets are token files, read with a run's tokenizer: this run's text has none")
     out: dict[str, Source] = {}
     for name, prefix in c.validation.sets.items():
-        for suffix in (".bin", ".idx"):
-            if "://" not in str(prefix) and not Path(f"{prefix}{suffix}").is_file():
-                raise ConfigError(f"validation.sets.{name}: no file {prefix}{suffix} (fmegatron tokenize writes them)")
+        _has_files(f"validation.sets.{name}", str(prefix))
         assert isinstance(corpus, data.Corpus)
         out[name] = Source(None, replace(corpus, valid=str(prefix), split=None), reads=source.reads)
     return out

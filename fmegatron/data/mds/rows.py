@@ -191,9 +191,9 @@ class StreamRows:
     ) -> None:
         self.streams, self.global_batch, self.predownload = streams, global_batch, predownload
         single = TokenRows(streams, seq, **options)
-        source = streams if pack is None else PackedStreams(single, pack)
-        self._rows = single if pack is None else source
-        self._source: Any = source
+        packed = None if pack is None else PackedStreams(single, pack)
+        self._rows: TokenRows | PackedStreams = packed or single
+        self._source: Streams | PackedStreams = packed or streams
         groups = streams.groups()
         self.slots = tuple(slots) or groups
         if set(self.slots) != set(groups):
