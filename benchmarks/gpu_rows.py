@@ -25,6 +25,7 @@ from fmegatron.models.gpt import gpt
 from fmegatron.models.lower import lower
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, Sharding, make_mesh
+from fmegatron.train.graphs import CudaGraphs, Graphed
 from fmegatron.train.leaves import plan_leaves
 from fmegatron.train.state import init, init_params
 from fmegatron.train.step import make_step
@@ -65,7 +66,7 @@ class Row:
 
 def rows() -> list[Row]:
     """In order of worth: what does not fit into the time is left out from the end."""
-    ours, low, peers = "fmegatron", "fmegatron fp8", ("module", "transformers")
+    ours, low, graphs, peers = "fmegatron", "fmegatron fp8", "fmegatron graphs", ("module", "transformers")
     # Megatron-LM's published row; 12 layers embed^2 and two tables of the vocabulary are 1.7B without a gate
     c1700 = Config(24, 2048, 16, 8192, 131072, activation="gelu")
     c8000 = Config(1, 4096, 32, 14336, 128256, kv=8)  # Llama 3 8B's layers
@@ -73,11 +74,11 @@ def rows() -> list[Row]:
     c125 = Config(12, 768, 12, 2048, 50304, tied=True)
     few = Config(12, 1024, 16, 4096, 32768, kv=4, moe=Moe(32, 4, mlp=768))
     return [
-        Row("1.7B", c1700, 4, 4096, (ours, "module", "fmegatron triton", low), 150),
+        Row("1.7B", c1700, 4, 4096, (ours, "module", "fmegatron triton", graphs, low), 170),
         Row("8B stack", c8000, 2, 4096, (ours, low, *peers), 110, grows=True),
         Row("MoE 1B, 32 experts top 4", few, 8, 2048, (ours, "module"), 60),
         Row("1B", c1100, 8, 2048, (ours, *peers), 70),
-        Row("125M", c125, 32, 1024, (ours, *peers), 70, whole=True),
+        Row("125M", c125, 32, 1024, (ours, *peers, graphs), 80, whole=True),
     ]
 
 
@@ -109,8 +110,12 @@ def sharding(device: str) -> Sharding:
 
 
 # -- this library ---------------------------------------------------------------------------------------------------
-def fmegatron(row: Row, device: str, compile: bool, fp8: bool = False, kernels: str = "reference") -> Participant:
-    """make_step, its state donated."""
+def fmegatron(
+    row: Row, device: str, compile: bool, fp8: bool = False, kernels: str = "reference", graphs: bool = False
+) -> Participant:
+    """make_step, its state donated; graphs: recorded after two steps. Raises ValueError for what a device has not."""
+    if graphs and device != "cuda":
+        raise ValueError(f"graphs are CUDA's, not for {device}")
     model = plain = gpt(replace(row.config, loss_chunks=row.pieces))
     if fp8:
         model = lower(model, {"layers.*": recipe("tensorwise")})
@@ -123,9 +128,10 @@ def fmegatron(row: Row, device: str, compile: bool, fp8: bool = False, kernels: 
 
     def wake() -> None:
         held["state"] = init(model, tx, sh, params=draw(plain, device))
+        held["train"] = Graphed(train, CudaGraphs(), warm_up=2) if graphs else train
 
     def step() -> Tensor:
-        held["state"], metrics = train(held["state"], batch)
+        held["state"], metrics = held["train"](held["state"], batch)
         return metrics["loss"]
 
     return Participant(wake, step, held.clear)
@@ -229,6 +235,7 @@ def make(name: str, row: Row, device: str, compile: bool) -> Participant:
     made = {
         "fmegatron": fmegatron,
         "fmegatron triton": partial(fmegatron, kernels="triton"),
+        "fmegatron graphs": partial(fmegatron, graphs=True),
         "fmegatron fp8": partial(fmegatron, fp8=True),
         "module": module,
         "transformers": transformers,

@@ -74,6 +74,7 @@ class Training(BatchSizes, Precision):
     sum_dtype: Literal["fp32", "bf16"] | None = option(None, "in which ranks' parts are added; none: reduce_dtype")
     check_replicas: int = option(0, "steps between comparisons of the parameters' copies on all ranks; 0: never", at_least=0)
     donate: bool = option(True, "a step reuses the memory of the state before it")
+    graphs: bool = option(False, "record the step as a CUDA graph for each shape of a batch, and replay it; see docs/gpu.md")
     deterministic: bool = option(True, "only kernels that give the same bits again")
 
 

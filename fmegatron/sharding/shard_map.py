@@ -138,7 +138,7 @@ def rank_of(mesh: Mesh) -> Tensor | None:
     """This process's rank as a 0-D tensor; None on a single device."""
     if mesh.rank is None:
         return None
-    return torch.tensor(mesh.rank, device=mesh.device)
+    return torch.full((), mesh.rank, dtype=torch.int64, device=mesh.device)  # no copy from the host: a graph may record it
 
 
 def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from fmegatron.data.place import reading, shards_of
 from fmegatron.data.share import Share, share_of
 from fmegatron.models import Model
 from fmegatron.sharding import Mesh, Sharding
-from fmegatron.train import setup, setup_batch, setup_precision
+from fmegatron.train import graphs, setup, setup_batch, setup_precision
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
@@ -100,6 +100,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     sh, semisync = setup.sharding_of(c, mesh), setup.semisync_of(c)
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
+    graphs.check(c, sh)
     share = share_of(sh)
     source = setup.on_first(mesh, lambda: source_of(c, say, reads=share is None or share.reads))
     model, term_weights = unigram_of(c, source, setup.model_of(c, source))
@@ -114,7 +115,8 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     params = setup.params_of(c, model, own, own_sh)
     t = c.training
     dtype, compiled = setup.dtype_of(c), setup.compiles(c, say, pipeline)
-    step = make_step(
+    graphs.check_model(c, model, compiled)
+    step: Callable[..., Any] = make_step(
         model,
         tx,
         sh,
@@ -130,6 +132,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         semisync=semisync,
         donate=t.donate and mesh.kind != "virtual",
     )
+    step = graphs.Graphed(step, graphs.CudaGraphs(), say=say) if t.graphs else step
     setup.on_first(mesh, lambda: _prepare(c, folder, source) if first else None)
     local = place_of_run(c)[0] if c.local.folder else None
     if local is not None and c.run.fresh:

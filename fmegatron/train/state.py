@@ -91,6 +91,12 @@ def init_params(model: Model, sh: Sharding, leaves: dict[str, Leaf], key: Tensor
     return tree.map_with_path(leaf, model.declare)
 
 
+def check_there(state: TrainState) -> None:
+    """ValueError for a state that was given away."""
+    if state.step.numel() == 0:
+        raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
+
+
 def take_over(old: TrainState, new: TrainState) -> TrainState:
     """`new` as tensors of its own; those of `old`, whose memory it may hold, are emptied."""
     own: TrainState = tree.map(lambda x: x.detach(), new)

@@ -39,7 +39,7 @@ from fmegatron.train.precision import PLAIN, Precision
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.saving import steps_so_far
 from fmegatron.train.semisync import SemiSync
-from fmegatron.train.state import Over, TrainState, sum_together, take_over
+from fmegatron.train.state import Over, TrainState, check_there, sum_together, take_over
 from fmegatron.train.taps import everywhere as tapped_everywhere
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
 from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
@@ -231,8 +231,7 @@ def make_step(
         state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None,
         watch: frozenset[str] = frozenset(), mark: Mark = unmarked,
     ) -> tuple[TrainState, Metrics]:
-        if state.step.numel() == 0:
-            raise ValueError("this state was given away to a step that reuses memory (donate): go on from what it returned")
+        check_there(state)
         at = steps_so_far(state) if clock is None and plan.meeting.rule is not None else clock or 0
 
         def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
