@@ -144,7 +144,7 @@ def work(op: Event) -> tuple[float, float]:
 
 def product(name: str, dims: list[list[int]]) -> tuple[float, int] | None:
     """(FLOPs, elements of the result) of a matrix product; None of anything else."""
-    short = name.removeprefix("aten::")
+    short = name.removeprefix("aten::").removesuffix("_v2")
     dims = dims[1:] if short in ("addmm", "baddbmm") else dims
     if short not in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm") or len(dims) < 2:
         return None

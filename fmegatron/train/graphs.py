@@ -33,6 +33,7 @@ from fmegatron.models import Model
 from fmegatron.sharding import Sharding
 from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.microbatches import Batches
+from fmegatron.train.remat import parse_remat
 from fmegatron.train.state import TrainState, check_there
 from fmegatron.tree import Tree
 
@@ -233,6 +234,8 @@ def check(c: RunConfig, sh: Sharding) -> None:
         (c.mesh.pp > 1, f"stages of a pipeline (mesh.pp = {c.mesh.pp}) wait for each other on the host, use mesh.pp = 1"),
         (bool(c.semisync.params), "when replicas meet (semisync.params) is decided on the host, use plain data parallelism"),
         (not c.training.donate, "a graph writes over the state that it was recorded with, set training.donate = true"),
+        (parse_remat(c.training.remat).held is not None, f"with remat = {c.training.remat} host memory is part of a step, "
+         "use none, full or selective"),
         (sh.rules.dispatch == "ragged", "rows go to experts by counts that the host reads, use dispatch = padded"),
     )
     for holds, why in reasons if c.training.graphs else ():

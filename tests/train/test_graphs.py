@@ -210,6 +210,7 @@ REFUSED = {
     "a virtual mesh": (virtual_mesh(dp=2), {}, "drop mesh.virtual"),
     "a pipeline": (GPU, {"mesh": {"pp": 2}}, "mesh.pp = 1"),
     "replicas that meet": (GPU, {"semisync": {"params": 4}}, "semisync.params"),
+    "activations on the host": (GPU, {"training": {"remat": "full+offload"}}, "use none, full or selective"),
     "a state that is kept": (GPU, {"training": {"donate": False}}, "set training.donate = true"),
 }
 
