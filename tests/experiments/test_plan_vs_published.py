@@ -30,6 +30,13 @@ def test_the_readme_says_what_was_found():
     assert (module.HERE / "table.md").read_text() == module.table(FOUND)
 
 
+def test_the_planner_halves_a_constants_error_on_rows_that_calibrate_nothing():
+    rows = [row for row in FOUND["rows"] if row["table"].startswith("TorchTitan")]
+    assert len(rows) == 22 and not any(row["calibrates"] for row in rows)
+    assert sum(row["calibrates"] for row in FOUND["rows"]) == 2
+    assert module.errors(rows, "predicted") < module.errors(rows, "constant") / 2
+
+
 def test_a_row_is_predicted_again():
     row, noted = module.megatron()[0], FOUND["rows"][0]
     assert row.measured == pytest.approx(noted["measured"], rel=1e-9)

@@ -50,8 +50,7 @@ def attention(attn, kind):
         def forward(q, k, v, sink):
             more = {"documents.all": context.table(sh, documents)} if kind == "documents" else {}
             q = sh.relayout(q, f"batch seq heads hd -> {context.QUERIES}")
-            k, v = (sh.relayout(x, f"batch seq kv hd -> {context.KEYS}") for x in (k, v))
-            k, v = (sh.groups(x, f"{context.KEYS} -> batch kv_seq q_heads hd") for x in (k, v))
+            k, v = context.meet(sh, k, v)
             extra = sh.relayout(sink, "heads -> q_heads") if attn.sink == "learned" else None
             y = context.attend(sh, attn, q, k, v, more, extra)
             return sh.relayout(y, f"{context.QUERIES} -> batch seq heads hd")
@@ -103,6 +102,31 @@ def test_every_form_is_dense_attention(form, make, zigzag, kind, window, kv, sin
         if name in ("k", "v") and kv % sh.mesh.sizes.get("tp", 1):
             continue  # replicated over tp: each rank holds its part of the gradient
         assert_trees_all_close({name: whole}, {name: y.detach()}, 1e-12)
+
+
+@pytest.mark.parametrize("form, sizes, heads, kv, sent", [
+    ("gather", {"cp": 2}, 4, 2, {"all_gather": (1, 2)}),
+    ("gather", {"cp": 2, "tp": 4}, 4, 2, {"all_gather": (1, 1)}),  # two on four: each rank has taken the one that it reads
+    ("gather", {"cp": 2, "tp": 2}, 12, 3, {"all_gather": (1, 3)}),  # six queries read of two or more
+    ("ulysses", {"cp": 2, "tp": 2}, 4, 4, {"all_to_all": (3, (2 + 2) / 2)}),
+    ("ulysses", {"cp": 2, "tp": 4}, 8, 2, {"all_to_all": (2, 2 / 2), "all_gather": (1, 1)}),  # cp divides them, tp does not
+    ("ulysses", {"cp": 2, "tp": 2}, 12, 3, {"all_to_all": (2, 6 / 2), "all_gather": (1, 3)}),
+    ("ring", {"cp": 2, "tp": 4}, 4, 2, {"permute": (1, 1 / 2)}),
+])  # fmt: skip
+def test_keys_and_values_travel_together_and_none_for_nothing(form, sizes, heads, kv, sent):
+    """Bytes in heads of whole sequences, keys and values; queries and their output are as many. y is that of one device."""
+    q, k, v = tensors(heads, kv, 0)[:3]
+    mesh, traffic = counted(virtual_mesh(**sizes))
+    sh, alone = (s.bind({"heads": heads, "kv": kv, "hd": HD}) for s in (Sharding(mesh, rules(form)), SINGLE))
+
+    def forward(sh, q, k, v):
+        q, (k, v) = sh.relayout(q, f"batch seq heads hd -> {context.QUERIES}"), context.meet(sh, k, v)
+        return sh.relayout(context.attend(sh, Attention(scale=0.4), q, k, v, {}), f"{context.QUERIES} -> batch seq heads hd")
+
+    y = spmd(sh, forward)(*(shard(sh, x, names) for x, names in zip((q, k, v), IN, strict=False)))
+    assert_trees_all_close(unshard(sh, y, IN[0]), forward(alone, q, k, v), 1e-12)
+    head = 2 * 2 * S * HD * 8
+    assert traffic.counts() == {(name, "cp"): (n, int(size * head)) for name, (n, size) in sent.items()}
 
 
 def batch(length=S):
