@@ -91,7 +91,10 @@ HARDWARE = MappingProxyType({
 
 
 def hardware(name: str) -> Hardware:
-    """A device by name. Raises ValueError naming the known ones."""
-    if name.lower() not in HARDWARE:
+    """A device by name, "h100", or one under a limit of watts, "h100@500". Raises ValueError naming the known ones."""
+    known, at, watts = name.lower().partition("@")
+    if known not in HARDWARE:
         raise ValueError(f"hardware = {name}: unknown, known are {', '.join(HARDWARE)}")
-    return HARDWARE[name.lower()]
+    if at and not watts.replace(".", "", 1).isdigit():
+        raise ValueError(f"hardware = {name}: a limit is a number of watts, as in {known}@{HARDWARE[known].watts:g}")
+    return capped(HARDWARE[known], float(watts)) if at else HARDWARE[known]

@@ -172,7 +172,9 @@ def test_less_power_slows_the_clock_by_its_cube_root_and_nothing_else():
     clock = slow.flops["bf16"] / h100.flops["bf16"]
     assert 0.3 * 700 + 0.7 * 700 * clock**3 == pytest.approx(500)  # static, and f V^2 with V as f
     assert slow.flops["fp8"] / h100.flops["fp8"] == pytest.approx(clock) and slow.bandwidth == h100.bandwidth
-    assert capped(h100, 700).flops == pytest.approx(h100.flops)
+    assert capped(h100, 700).flops == pytest.approx(h100.flops) and hardware("H100@500") == slow
+    with pytest.raises(ValueError, match="as in h100@700"):
+        hardware("h100@half")
     for watts in (200, 701):
         with pytest.raises(ValueError, match="h100 has 700 W, of which 210 W are static"):
             capped(h100, watts)
