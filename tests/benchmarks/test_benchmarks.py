@@ -40,7 +40,24 @@ def test_monitors_run():
     words = [sys.executable, str(BENCHMARKS / "monitors.py"), "--rounds", "2"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("default      / bare") and "activations" in done.stdout
+    assert done.stdout.startswith("default      / bare") and "activations" in done.stdout and " 2 rounds" in done.stdout
+
+
+@pytest.mark.long
+def test_optimizers_are_raced(tmp_path):
+    words = [sys.executable, str(BENCHMARKS / "optim.py"), "--rounds", "3", "--elements", "65536", "--only", "adamw,sgd"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "adamw: first step" in done.stdout and "| torch fused AdamW |" in done.stdout and "| adamw " in done.stdout
+    words[-1], limit = "adamw,lion", ["--seconds", "0"]
+    done = subprocess.run([*words, *limit], capture_output=True, text=True, timeout=300)
+    assert "lion is left out: 0 s for compiling are over" in done.stdout and done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_checkpoint_stall_is_measured():
+    found = load("checkpoint").main(4, 2)
+    assert 0 < found["cpu_ratio"] < 1 and found["MB"] > 4
 
 
 @pytest.mark.long

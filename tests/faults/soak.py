@@ -89,17 +89,22 @@ def main(kills: int = 60, seed: int = 0) -> None:
     root, rng, count, number = Path(tempfile.mkdtemp(prefix="soak-")), random.Random(seed), 0, 0
     more: dict[str, Any] = {"training": {"steps": 40}, "checkpoint": {"interval": 2, "keep": 2}}
     kinds = {"foreground": more, "background": {**more, "checkpoint": {**more["checkpoint"], "background": True}}}
+    disk = str(root / "disk")  # each run of this kind has it to itself
+    kinds["nodes"] = {**more, "checkpoint": {"interval": 10, "keep": 2}, "local": {"folder": disk, "interval": 1, "factor": 1}}
     for name, groups in kinds.items():
+        shutil.rmtree(disk, ignore_errors=True)
         print(f"{name}: {seconds_of(root / name, **groups):.1f} s unbroken", flush=True)
     two = root / "two"
     torchrun(two, 0, rng, **kinds["background"])
     while count < kills:
-        name = ("foreground", "background", "torchrun")[number % 3]
+        name = ("foreground", "background", "torchrun", "nodes")[number % 4]
         folder = root / f"{name}-{number}"
         if name == "torchrun":
             survived = torchrun(folder, 4, rng, 4, **kinds["background"])
         else:
-            survived = killed_until_done(folder, seconds_of(root / "again", **kinds[name]), rng, **kinds[name])
+            seconds = seconds_of(root / "again", **kinds[name])
+            shutil.rmtree(disk, ignore_errors=True)
+            survived = killed_until_done(folder, seconds, rng, **kinds[name])
             shutil.rmtree(root / "again")
         same_run(folder, two if name == "torchrun" else root / name)
         count, number = count + survived, number + 1
