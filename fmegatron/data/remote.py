@@ -15,6 +15,7 @@ from fmegatron.data.text import needed
 
 BLOCK = 2**22  # bytes asked for at once: a request costs tens of milliseconds whatever its size
 KEPT = 16  # blocks
+REMEDY = "copy both files there again, and go on from the last checkpoint"
 
 
 def is_remote(prefix: str | Path) -> bool:
@@ -53,9 +54,14 @@ class RemoteTokens:
                 start = number * self.per_block
                 count = min(self.per_block, self.size - start)
                 first, stop = start * self.dtype.itemsize, (start + count) * self.dtype.itemsize
-                data = self._file[0].cat_file(self._file[1], start=first, end=stop)
+                try:
+                    data = self._file[0].cat_file(self._file[1], start=first, end=stop)
+                except Exception as error:  # the file system's own, or its client's
+                    said = " ".join(str(error).split()) or type(error).__name__
+                    raise ValueError(f"{self.address} at byte {first}: not read ({said}); {REMEDY}") from None
                 if len(data) != stop - first:
-                    raise ValueError(f"{self.address} at byte {first}: asked for {stop - first} bytes, got {len(data)}")
+                    said = f"{len(data)} bytes where the index expects {stop - first}"
+                    raise ValueError(f"{self.address} at byte {first}: {said}: it was cut or replaced; {REMEDY}")
                 self._blocks[number] = np.frombuffer(data, self.dtype)
             self._blocks.move_to_end(number)
             while len(self._blocks) > self.kept:
@@ -91,3 +97,5 @@ def _found(address: str, method: str) -> Any:
         return getattr(files, method)(path)
     except FileNotFoundError:
         raise ValueError(f"{address} does not exist; a prefix names two files, PREFIX.bin and PREFIX.idx") from None
+    except Exception as error:  # the file system's own, or its client's
+        raise ValueError(f"{address}: not read ({' '.join(str(error).split())}); is it right, and may you read it?") from None

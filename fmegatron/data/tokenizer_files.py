@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -33,12 +34,57 @@ def gpt2(path: Path) -> hf.Tokenizer:
     for file in (vocab, merges):
         if not file.is_file():
             raise ValueError(f"{file} is missing: GPT-2's tokenizer is two files, vocab.json and merges.txt")
+    _check_merges(vocab, merges)
     inner = hf.Tokenizer(hf.models.BPE.from_file(str(vocab), str(merges)))
     inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = hf.decoders.ByteLevel()
     if inner.token_to_id("<|endoftext|>") is not None:
         inner.add_special_tokens(["<|endoftext|>"])
     return inner
+
+
+def _check_merges(vocab: Path, merges: Path) -> None:
+    """ValueError where merges are missing: nothing makes a token of several characters that is no mark such as <|x|>, [PAD]."""
+    try:
+        names = json.loads(vocab.read_bytes())
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    except ValueError as error:
+        raise ValueError(f"{vocab} or {merges.name} is damaged ({error}): copy both files again") from None
+    if wrong := next((number for number, pair in enumerate(pairs) if len(pair) != 2), None):
+        raise ValueError(f"{merges}: merge {wrong} is {pairs[wrong]}, not two tokens: copy the file again")
+    made = {"".join(pair) for pair in pairs}
+    lost = [name for name in names if len(name) > 1 and name not in made and not (name[0] in "<[" and name[-1] in ">]")]
+    if lost:
+        said = f"no merge makes {lost[0]!r} and {len(lost) - 1} others of {vocab.name}"
+        raise ValueError(f"{merges}: {said}: truncated, copy it again")
+
+
+def _check_model(path: Path, model: bytes) -> None:
+    """ValueError where a SentencePiece model ends before its last part: pieces (1), how it was trained (2), normalizer (3).
+
+    Protocol Buffers read a file that ends between two fields without a word.
+    """
+    at, found = 0, set()
+    while at < len(model):
+        tag, at = _varint(model, at)
+        if tag & 7 != 2:
+            raise ValueError(f"{path} is not a SentencePiece model, or damaged at byte {at}: copy it again")
+        size, at = _varint(model, at)
+        at += size
+        found.add(tag >> 3)
+    if at != len(model) or not {1, 2, 3} <= found:
+        raise ValueError(f"{path}: it ends at byte {len(model)} before its normalizer: truncated, copy it again")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data):
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if not data[at - 1] & 128:
+            break
+    return value, at
 
 
 class SentencePiece:
@@ -54,8 +100,10 @@ class SentencePiece:
     @classmethod
     def from_file(cls, path: Path, eod: str | None = None) -> SentencePiece:
         """The model of a file. Raises ValueError where it is none."""
+        model = path.read_bytes()
+        _check_model(path, model)
         try:
-            return cls(path.read_bytes(), eod)
+            return cls(model, eod)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
 
@@ -103,11 +151,17 @@ class Tiktoken:
             if line:
                 try:
                     token, rank = line.split()
-                    ranks[base64.b64decode(token, validate=True)] = int(rank)
+                    key, value = base64.b64decode(token, validate=True), int(rank)
                 except (ValueError, binascii.Error):
                     raise ValueError(f"{path}:{number}: not a token in base64 and its rank") from None
+                if value != len(ranks) or key in ranks:
+                    said = f"token {key!r} of rank {value}, a new one of rank {len(ranks)} is due"
+                    raise ValueError(f"{path}:{number}: {said}: damaged, copy the file again")
+                ranks[key] = value
         if not ranks:
             raise ValueError(f"{path}: no token in it; each line is a token in base64 and its rank")
+        if lost := [i for i in range(256) if bytes([i]) not in ranks]:
+            raise ValueError(f"{path}: {len(ranks)} tokens, and none is byte {lost[0]}: truncated, copy the file again")
         pattern = O200K if path.stem.startswith("o200k") else CL100K
         return cls(path.stem, pattern, ranks, {"<|endoftext|>": ENDS.get(path.stem, max(ranks.values()) + 1)})
 

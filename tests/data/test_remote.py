@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fmegatron.data import Corpus, IndexedDataset, IndexedWriter, Samples
 from fmegatron.data.corpus import Megatron
@@ -61,3 +64,52 @@ def test_what_is_wrong_is_named(tmp_path: Path, bucket: str) -> None:
         IndexedDataset(f"{bucket}/x")
     with pytest.raises(ValueError, match=r"nope://x/y.idx: .*rotocol"):
         IndexedDataset("nope://x/y")
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_with_its_place(tmp_path: Path, bucket: str) -> None:
+    import s3fs
+
+    files, name = s3fs.S3FileSystem(), f"{bucket}/x.bin"
+    with IndexedWriter(tmp_path / "x", np.uint16) as out:
+        out.add_documents(np.full(100, n) for n in range(20))
+    whole = (tmp_path / "x.bin").read_bytes()
+    put(tmp_path, bucket)
+    shorter, empty = (lambda: files.pipe_file(name, whole[:1111])), (lambda: files.pipe_file(name, b""))
+    for change in (shorter, empty, lambda: files.rm_file(name)):
+        files.pipe_file(name, whole)
+        stream = RemoteTokens(name, np.dtype("<u2"), 2000, block=200, kept=1)
+        assert stream[500:505].tolist() == [5] * 5
+        change()
+        with pytest.raises(ValueError, match=rf"{name} at byte \d+: .*; copy both files there again") as caught:
+            stream[1500:1505]
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 200), st.sampled_from(["cut", "flip", "more", "other"]), st.integers(0, 7), st.booleans())
+def test_a_damaged_remote_pair_is_refused_as_on_the_disk_or_reads_the_same(at: int, how: str, bit: int, index: bool) -> None:
+    """Any address that fsspec knows goes the same way: here one in memory. What the disk's reader says, this one says."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(f"{folder}/x", np.uint16) as out:
+            out.add_documents([n] * n for n in range(1, 8))
+        victim = Path(folder, "x.idx" if index else "x.bin")
+        data = bytearray(victim.read_bytes())
+        at %= len(data)
+        other = Path(folder, "x.bin").read_bytes() + b"PK"
+        data = {"cut": data[:at], "more": data + data[: at + 1], "other": other}.get(how, data)
+        if how == "flip":
+            data[at] ^= 1 << bit
+        victim.write_bytes(data)
+        for end in ("bin", "idx"):
+            files.pipe_file(f"/x.{end}", Path(folder, f"x.{end}").read_bytes())
+        found = []
+        for prefix in (f"{folder}/x", "memory://x"):
+            try:
+                found.append([text.tolist() for text in IndexedDataset(prefix)])
+            except ValueError as error:
+                assert "\n" not in str(error) and ("x.idx" in str(error) or "x.bin" in str(error))
+                found.append(str(error).replace("memory://", f"{folder}/"))
+        assert found[0] == found[1] and (how == "flip" or isinstance(found[0], str))

@@ -9,6 +9,8 @@ import pickle
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fmegatron.data import IndexedDataset, tokenize, tokenizers
 
@@ -107,7 +109,7 @@ def test_workers_can_have_them(tmp_path: Path, make: object) -> None:
     ("name", "content", "message"),
     [
         ("x.model", b"nonsense", "x.model is not a SentencePiece model"),
-        ("x.tiktoken", b"aGk= 1\n%%% 2\n", "x.tiktoken:2: not a token in base64"),
+        ("x.tiktoken", b"aGk= 0\n%%% 1\n", "x.tiktoken:2: not a token in base64"),
         ("x.tiktoken", b"", "x.tiktoken: no token in it"),
         ("vocab.json", b"{", "merges.txt is missing"),
         ("x.json", b"{}", "x.json is not a tokenizer"),
@@ -133,3 +135,60 @@ def test_padded_vocabulary() -> None:
     assert tokenizers.padded_vocab(50257, 128 * 8) == 51200
     with pytest.raises(ValueError, match="vocabulary 0"):
         tokenizers.padded_vocab(0)
+
+
+def tokenizer_json(folder: Path) -> Path:
+    tokenizers.train_bpe(TEXTS, 300).save(folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+MAKERS = {"sentencepiece": sentencepiece, "tiktoken": tiktoken, "gpt2": gpt2, "tokenizer.json": tokenizer_json}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, bytes]]]:
+    """{kind: (what is loaded, the bytes of its files)}."""
+    made = {}
+    for kind, make in MAKERS.items():
+        folder = tmp_path_factory.mktemp("whole")
+        path = make(folder)
+        made[kind] = path, {file.name: file.read_bytes() for file in folder.iterdir()}
+    return made
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.sampled_from(sorted(MAKERS)), st.integers(0), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.booleans())
+def test_cut_files_are_refused_and_flipped_ones_refused_or_whole_tokenizers(whole, kind, which, share, bit, cuts):
+    path, files = whole[kind]
+    name = sorted(files)[which % len(files)]
+    data = bytearray(files[name])
+    at = int(share * len(data))
+    if cuts:
+        del data[at:]
+    else:
+        data[at] ^= 1 << bit
+    path.with_name(name).write_bytes(data)
+    try:
+        own = tokenizers.load(path)
+    except ValueError as error:
+        assert "\n" not in str(error) and (name in str(error) or path.name in str(error))
+        return
+    finally:
+        path.with_name(name).write_bytes(files[name])
+    # A .tiktoken file does not say how many tokens it has: cut at the end of a line behind all bytes, it is another's.
+    assert not cuts or (kind == "tiktoken" and files[name][at - 1 : at + 1].count(b"\n") and own.vocab_size > 256)
+    for text in TEXTS[:3]:
+        ids = own.encode(text)
+        assert all(0 <= i < own.vocab_size for i in ids) and isinstance(own.decode(ids), str)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_another_kind_of_file_under_the_name_is_refused(whole, kind):
+    path, files = whole[kind]
+    for other, (theirs, content) in whole.items():
+        if other != kind:
+            path.write_bytes(content[theirs.name])
+            with pytest.raises(ValueError, match=f"{path.name}|vocab.json") as caught:
+                tokenizers.load(path)
+            assert "\n" not in str(caught.value)
+    path.write_bytes(files[path.name])
