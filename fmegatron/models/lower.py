@@ -3,7 +3,7 @@
     lower(model, {"layers.*.mlp.*": recipe("tensorwise"), "layers.*.attn.*": recipe("rowwise")}, first=1, last=1)
 
 Patterns are of leaves' paths with the layer's number; the first that matches counts. What is not a matmul with a weight
-(norms, biases, lookups, routers, grouped experts) stays as it is, and so do the first and last layers that are named.
+(norms, biases, lookups, routers) stays as it is, and so do the first and last layers that are named.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from fmegatron.nn.lowbits import PAYLOAD, TOP, Lowered
 from fmegatron.nn.param import Param, zeros
 from fmegatron.sharding import Sharding
 
-STAYS = ("embed.*", "*.router.*", "*.experts.*", "*.shared_gate")
+STAYS = ("embed.*", "*.router.*", "*.experts.*_bias", "*.shared_gate")
+EXPERTS = "*.experts.*"  # rows grouped by expert: nn/lowexperts.py
 AMAX = "_amax"  # behind a weight's name: the history of its product's largest values, fp32 [3, steps]
 Chosen = tuple[tuple[tuple[str, ...], Recipe], ...]  # (path inside the node's own tree, recipe)
 
@@ -57,7 +58,10 @@ def lower(
             return None
         used.add(found)
         layer = int(path.split(".")[1]) if path.startswith("layers.") else first
-        return recipes[found] if first <= layer < layers - last else None
+        how = recipes[found] if first <= layer < layers - last else None
+        if how is not None and fnmatchcase(path, EXPERTS) and how.name not in ("tensorwise", "rowwise"):
+            raise ValueError(f"recipe {how.name} for {path}: experts take tensorwise or rowwise, or off; give them a pattern")
+        return how
 
     def lowered(node: Node) -> Node:
         found = [(weight, recipe) for weight in weights_of(model, node) if (recipe := choose(weight.path)) is not None]
@@ -65,7 +69,8 @@ def lower(
         chosen = tuple((weight.inside, recipe) for weight, recipe in found)
         if not chosen:
             return node
-        low = tuple((".".join(path), recipe) for path, recipe in chosen) if gather else ()
+        one = [(weight.inside, recipe) for weight, recipe in found if gather and not fnmatchcase(weight.path, EXPERTS)]
+        low = tuple((".".join(path), recipe) for path, recipe in one)
         sites = [".".join(path) for path, recipe in chosen if recipe.name == "delayed"]
         probes = tuple((site + AMAX, f"fp8/{{layer}}/{site}.g") for site in sites)
         fn = made.setdefault((node.fn, chosen), _with(node.fn, chosen))

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,11 @@ def batched(kind: Mlp, p: Experts, rows: Tensor, *, form: Form = "reference") ->
     """[experts, slots, d] -> the same, by one batched product a projection; without the last bias."""
 
     def project(name: str) -> Tensor:
-        y = rows @ p[name]
+        y = product(rows, p[name], None)
         return y + p[f"{name}_bias"][:, None] if kind.bias else y
 
     gate = project("gate") if kind.gated else None
-    return mlp.hidden(kind, gate, project("up"), form) @ p["down"]
+    return product(mlp.hidden(kind, gate, project("up"), form), p["down"], None)
 
 
 def grouped(
@@ -59,6 +59,9 @@ def grouped(
         return y + p[f"{name}_bias"][expert] if kind.bias else y
 
     gate = project("gate") if kind.gated else None
+    if not isinstance(p["down"], Tensor):  # rounding a row must not depend on who asked for it
+        y = product(mlp.hidden(kind, gate, project("up"), form), p["down"], counts)
+        return y if scale is None else y * scale[:, None].to(y.dtype)
     if form == "triton":  # the scale is part of the kernel
         return product(mlp.hidden(kind, gate, project("up"), form, scale), p["down"], counts)
     h = mlp.hidden(kind, gate, project("up"))
@@ -92,8 +95,19 @@ def reference(kind: Mlp, p: Experts, x: Tensor, index: Tensor, weight: Tensor) -
 
 
 # -- the grouped product ----------------------------------------------------------------------------------------------
-def product(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-    """rows [n, a] in groups of counts[e] times w [experts, a, b] -> [n, b]; by torch's kernel on a GPU, where it takes them."""
+class Weight(Protocol):
+    """Stacked weights with a product of their own, in place of a tensor."""
+
+    def product(self, rows: Tensor, counts: Tensor | None) -> Tensor: ...
+
+
+def product(rows: Tensor, w: Tensor | Weight, counts: Tensor | None) -> Tensor:
+    """rows [n, a] in groups of counts[e] times w [experts, a, b] -> [n, b]; by torch's kernel on a GPU, where it takes them.
+    Without counts rows are [experts, slots, a]."""
+    if not isinstance(w, Tensor):
+        return w.product(rows, counts)
+    if counts is None:
+        return rows @ w
     if rows.is_cuda and traceable(rows):
         return F.grouped_mm(rows, w, offs=counts.cumsum(0).to(torch.int32))
     y: Tensor = _Product.apply(rows, w, counts)

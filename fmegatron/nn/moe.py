@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fmegatron.nn import dispatch, experts, mlp, router
+from fmegatron.nn import dispatch, experts, lowexperts, mlp, router
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param
 from fmegatron.nn.router import Router, hits
@@ -144,9 +144,11 @@ def routed(
             sh.tap("experts/{layer}.dropped", (index == e).unflatten(0, shape[:2]).double(), "batch seq top")
     width = "expert_latent" if moe.latent else "embed"
     table = sh.relayout(p["down_bias"], f"expert {width} -> router_expert {width}") if kind.bias else None
+    p = lowexperts.placed(sh, p)
     grouped, batched = (partial(fn, kind, p, form=sh.kernels) for fn in (experts.grouped, experts.batched))
     here = sh.mesh.device if x.is_meta else "" if blind(x) else x.device.type
-    lean = partial(experts.lean, kind, p) if here == "cpu" and sh.kernels == "reference" else None
+    plain = here == "cpu" and sh.kernels == "reference" and all(isinstance(w, Tensor) for w in p.values())
+    lean = partial(experts.lean, kind, p) if plain else None
     if form == "local":
         y = dispatch.local(x, index, weight, e, grouped, lean, dropped)
     elif form == "ragged":

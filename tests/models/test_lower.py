@@ -13,6 +13,8 @@ from fmegatron.models.config import Config
 from fmegatron.models.gpt import gpt
 from fmegatron.models.lower import lower, weights_of
 from fmegatron.nn.lowbits import Lowered
+from fmegatron.nn.lowexperts import placed
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, unshard, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
 from fmegatron.train.state import init
@@ -153,6 +155,50 @@ def test_delayed_is_tensorwise_with_another_step_s_scale():
     assert torch.equal(never, E4M3.round(x).float() @ E4M3.round(w).float())
 
 
+EXPERTS = Config(layers=1, embed=16, heads=4, kv=2, mlp=16, vocab=48, moe=Moe(experts=4, top_k=2, mlp=8, shared=8))
+
+
+@pytest.mark.parametrize(("name", "mesh", "rules"), [
+    ("tensorwise", {"dp": 2, "ep": 2}, "fsdp"),
+    ("rowwise", {"ep": 2, "tp": 2}, "tp"),
+    ("rowwise", {"cp": 2, "ep": 2}, "fsdp_tp_sp"),
+])  # fmt: skip
+def test_experts_of_eight_bits_on_every_mesh(name, mesh, rules):
+    model = lower(gpt(EXPERTS), {"layers.*.experts.*": RECIPES[name]})
+    tokens = torch.arange(4 * 17).reshape(4, 17) % 47
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+    assert_mesh_invariant(model, batch, [Sharding(virtual_mesh(**mesh), RULES[rules])])
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+def test_experts_products_are_those_of_each_expert_s_rows(name):
+    torch.manual_seed(0)
+    how, counts = RECIPES[name], torch.tensor([3, 0, 5])
+    x, w, dy = torch.randn(8, 16), torch.randn(3, 16, 12), torch.randn(8, 12)
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = placed(SINGLE, {"up": Lowered(b, how)})["up"].product(a, counts)
+    dx, dw = torch.autograd.grad(y, (a, b), dy)
+
+    def whole(x, format):  # tensorwise: rows have one scale, whoever's they are
+        return {} if name == "rowwise" else {"of": factors(x.abs().max().reshape(1, 1, 1, 1), format, how.operand)}
+
+    def product(left, right, formats, of_left, of_right):
+        found = [scaled(z, f, how.operand, *o["of"]) if o else quantize(z, f, how.operand)
+                 for z, f, o in zip((left, right), formats, (of_left, of_right), strict=True)]  # fmt: skip
+        return multiply(*found)
+
+    all_x, all_dy = whole(x, how.format), whole(dy, how.gradient)
+    for e, rows in enumerate((slice(0, 3), slice(3, 3), slice(3, 8))):
+        if rows.start == rows.stop:
+            assert not dw[e].any()
+            continue
+        torch.testing.assert_close(y[rows], product(x[rows], w[e].T, (how.format,) * 2, all_x, {}), rtol=1e-6, atol=1e-6)
+        back = (how.gradient, how.format)
+        torch.testing.assert_close(dx[rows], product(dy[rows], w[e], back, all_dy, {}), rtol=1e-6, atol=1e-6)
+        expected = product(x[rows].T, dy[rows].T, back[::-1], all_x, all_dy)
+        torch.testing.assert_close(dw[e], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_only_what_is_named_changes_and_layers_at_the_ends_stay():
     model = gpt(CONFIG)
     low = lower(model, {"layers.*.mlp.up": RECIPES["rowwise"], "layers.*.mlp.*": RECIPES["tensorwise"]}, first=1, last=1)
@@ -167,6 +213,8 @@ def test_mistakes():
     model = gpt(CONFIG)
     with pytest.raises(ValueError, match=r"'layers.\*.mpl.\*'.*one is layers.0.attn.*"):
         lower(model, {"layers.*.mpl.*": RECIPES["rowwise"]})
+    with pytest.raises(ValueError, match="mxfp8 for layers.0.mlp.experts.*experts take tensorwise or rowwise"):
+        lower(gpt(EXPERTS), {"layers.*": recipe("mxfp8")})
     low = lower(model, {"layers.*": recipe("mxfp8")})
     with pytest.raises(ValueError, match="seq of 24 on a rank does not divide"):
         low.loss(low.init(0), {"tokens": torch.zeros(2, 24, dtype=torch.long)})
