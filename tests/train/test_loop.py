@@ -54,11 +54,13 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
 def test_a_pipeline_changes_nothing_and_its_checkpoints_know_none(corpus, tmp_path, capsys):
     plain, staged = tmp_path / "plain", tmp_path / "staged"
     batch = ("--training.microbatches", "4", "--training.steps")
-    assert cli.main(words(corpus, plain, *batch, "4")) == 0
+    assert cli.main(words(corpus, plain, *batch, "5")) == 0
     stages = "--mesh.pp 2 --mesh.virtual true --pipeline.schedule".split()
     assert cli.main(words(corpus, staged, *batch, "2", *stages, "zb_h1", "--pipeline.layout", "Et|tL")) == 0
     assert cli.main(words(corpus, staged, *batch, "3", *stages, "1f1b", "--mesh.dp", "2", "--training.remat", "full")) == 0
-    assert cli.main(words(corpus, staged, *batch, "4")) == 0
+    turns = ("interleaved_1f1b", "--pipeline.virtual", "2", "--pipeline.layout", "Et|t||L")
+    assert cli.main(words(corpus, staged, *batch, "4", *stages, *turns)) == 0
+    assert cli.main(words(corpus, staged, *batch, "5")) == 0
     assert losses(staged) == pytest.approx(losses(plain), rel=1e-5)
     capsys.readouterr()
     assert cli.main(words(corpus, tmp_path / "no", *batch, "4", *stages, "zbv")) == 2

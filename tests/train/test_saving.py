@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from fmegatron import optim, tree
 from fmegatron.data.place import placer
 from fmegatron.models import Config, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh, thread_mesh, unshard, virtual_mesh
 from fmegatron.train import checkpoint, saving
 from fmegatron.train.leaves import plan_leaves
@@ -53,10 +54,10 @@ def run(sh: Sharding, state: TrainState, first: int, steps: int) -> TrainState:
     return state
 
 
-def whole(sh: Sharding, state: TrainState) -> dict[str, torch.Tensor]:
+def whole(sh: Sharding, state: TrainState, model=MODEL) -> dict[str, torch.Tensor]:
     """Global tensors by unshard, which the code under test does not use."""
-    sh = sh.bind(MODEL.sizes)
-    leaves = list(plan_leaves(MODEL, sh).values())
+    sh = sh.bind(model.sizes)
+    leaves = list(plan_leaves(model, sh).values())
     adam = [part for part in state.opt_state if isinstance(part, dict) and "mu" in part][0]
     trees = {"params": (state.params, "storage"), "mu": (adam["mu"], "optimizer"), "nu": (adam["nu"], "optimizer")}
     out = {}
@@ -208,3 +209,20 @@ def test_every_home_to_every_other(source, tmp_path):
         there = HOMES[target]()
         back = saving.load(tmp_path, MODEL, there, init(MODEL, TX, there, key=2))
         assert equal(whole(SINGLE, first), whole(there, back)) == [], target
+
+
+EXPERTS = gpt(replace(CONFIG, moe=Moe(experts=4, top_k=2, mlp=8)))
+
+
+@pytest.mark.parametrize("source", ["ep", "ep and tp", "fsdp"])
+def test_experts_on_any_mesh(source, tmp_path):
+    """Of a mixture of experts, moments that are not zero: from experts on an axis of their own to all others, bit for bit."""
+    homes = {"ep": sharding("fsdp", dp=2, ep=2), "ep and tp": sharding("fsdp_tp_sp", ep=2, tp=2)}
+    homes["fsdp"] = sharding("fsdp", dp=4)
+    here = homes[source]
+    state = tree.map(lambda x: x + 1 if x.is_floating_point() else x, init(EXPERTS, TX, here, key=1))
+    saving.save(tmp_path, EXPERTS, here, state, {})
+    first = saving.load(tmp_path, EXPERTS, SINGLE, init(EXPERTS, TX, SINGLE, key=2))
+    for sh in homes.values():
+        back = saving.load(tmp_path, EXPERTS, sh, init(EXPERTS, TX, sh, key=2))
+        assert equal(whole(SINGLE, first, EXPERTS), whole(sh, back, EXPERTS)) == []
