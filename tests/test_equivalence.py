@@ -7,10 +7,13 @@ import random
 import pytest
 
 from fmegatron.testing import equivalence
-from fmegatron.testing.equivalence import compare, meshes, ways
+from fmegatron.testing.equivalence import compare, expert_ways, meshes, ways
 
 ALL = ways(8)
 SAMPLE = random.Random(0).sample(ALL, 10)
+EXPERTS = random.Random(0).sample(expert_ways(8), 12)
+SHORT = [next(way for way in EXPERTS if (way.case.m, way.pp, way.model) == kind) for kind in ((1, 1, "latent"), (2, 2, "experts"))]
+MARKED = [pytest.param(way, id=str(way), marks=() if way in SHORT else pytest.mark.long) for way in EXPERTS]
 
 
 def test_every_way_to_give_ranks_to_axes():
@@ -32,3 +35,9 @@ def test_other_data_and_other_traffic_are_seen(monkeypatch):
     first = equivalence.batch
     monkeypatch.setattr(equivalence, "batch", lambda seed: first(seed + (seed == 4)))
     assert compare(way).parameters > 1e-6
+
+
+@pytest.mark.parametrize("way", MARKED)
+def test_a_step_with_experts_is_one_devices_and_exchanges_what_the_formula_says(way):
+    found = compare(way)
+    assert found.worst < 1e-10 and found.traffic and found.flips == 0

@@ -3,6 +3,8 @@
     for way in ways(8): print(way, compare(way))
 
 `make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes; a pipeline's stages in one process.
+`expert_ways` are those of models with experts, latent attention and a module that looks ahead. Their losses are those that
+are equal on every mesh (per sequence, z); a near-tie in a router may fall otherwise, and is counted in `Result.flips`.
 """
 
 from __future__ import annotations
@@ -10,23 +12,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fmegatron import optim, tree
 from fmegatron.models import Config, Model, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
-from fmegatron.sharding.traffic import counted
+from fmegatron.sharding.traffic import Traffic, counted
 from fmegatron.testing.formula import Case, step_traffic
+from fmegatron.testing.formula_moe import Exchange, expert_traffic
+from fmegatron.testing.formula_moe import Traffic as Counts
 from fmegatron.testing.invariance import Measured, assert_same, measure, whole_leaves
+from fmegatron.train import balance
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
 
 CONFIG = Config(layers=2, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
+EXPERTS = Moe(experts=8, top_k=2, mlp=16, shared=16, score="sigmoid", balance_bias=True, sequence_loss=0.1, z_loss=0.01)
+MODELS = MappingProxyType({
+    "dense": CONFIG,
+    "experts": replace(CONFIG, layers=2, embed=32, moe=EXPERTS),
+    "latent": replace(CONFIG, layers=2, embed=32, kv=None, hd=12, rope_hd=4, v_hd=6, kv_lora=8, q_lora=10, mtp=1, tied=True,
+                      moe=replace(EXPERTS, score="softmax", first_dense=1)),
+})  # fmt: skip
 BATCH = (8, 16)  # samples, tokens
 STEPS = 5
 
@@ -38,6 +52,12 @@ class Way:
     case: Case
     pp: int = 1
     schedule: str = "none"
+    form: Literal["auto", "padded", "gather"] = "auto"  # how tokens travel to experts
+
+    @property
+    def model(self) -> str:
+        """ "dense", "experts" or "latent"."""
+        return "dense" if self.case.c.moe is None else "experts" if self.case.c.kv_lora is None else "latent"
 
     @property
     def mesh(self) -> str:
@@ -46,7 +66,8 @@ class Way:
         return " ".join(f"{axis}{size}" for axis, size in sizes.items())
 
     def __str__(self) -> str:
-        return f"{self.case.rules} {self.mesh} m={self.case.m} {self.case.remat} {self.schedule}"
+        more = "" if self.model == "dense" else f" {self.model} {self.form}"
+        return f"{self.case.rules} {self.mesh} m={self.case.m} {self.case.remat} {self.schedule}{more}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -64,6 +85,7 @@ class Result:
     gradients: float
     parameters: float  # after five steps of SGD
     traffic: bool
+    flips: int = 0  # choices of experts that fell otherwise
 
     @property
     def worst(self) -> float:
@@ -98,8 +120,23 @@ def ways(ranks: int) -> list[Way]:
     return found
 
 
+def expert_ways(ranks: int) -> list[Way]:
+    """Every preset on every mesh of dp, ep, cp and tp that spreads experts, in 1 and 2 stages; model and form vary."""
+    found: list[Way] = []
+    for name, rules in RULES.items():
+        for pp in (n for n in (1, 2) if ranks % n == 0):
+            for sizes in meshes(ranks // pp, ("dp", "ep", "cp", "tp")):
+                if sizes.keys() <= rules.axes and "ep" in sizes:
+                    n = len(found)
+                    model, form = ("experts", "latent")[n % 2], ("padded", "gather")[n // 2 % 2]
+                    way = _way(name, sizes, pp, n)
+                    case = replace(way.case, c=replace(MODELS[model], layers=way.case.c.layers))
+                    found.append(replace(way, case=case, form=form))
+    return found
+
+
 def _way(name: str, sizes: dict[str, int], pp: int, number: int) -> Way:
-    rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1))
+    rows = BATCH[0] // (sizes.get("dp", 1) * sizes.get("fsdp", 1) * sizes.get("ep", 1))
     m, remat = min(rows, 1 + number % 2), ("none", "full", "every-2", "selective")[number // 2 % 4]
     schedules = {1: ("none",), 2: ("1f1b", "gpipe", "interleaved_1f1b"), 4: ("1f1b", "gpipe")}[pp]
     schedule = schedules[number % len(schedules)]
@@ -138,7 +175,7 @@ def compare(way: Way) -> Result:
     one = reference(case.c)
     model, alone = one.model, one.measured
     mesh, traffic = counted(virtual_mesh(**(case.sizes or {"dp": 1})))
-    sh = Sharding(mesh, RULES[case.rules])
+    sh = Sharding(mesh, replace(RULES[case.rules], dispatch=way.form))
     here = measure(model, sh, batch(0), expected=alone, **settings)
     assert_same(here, alone, 1e-10)
     after = trained(model, sh, settings)
@@ -148,8 +185,33 @@ def compare(way: Way) -> Result:
         loss=error({"loss": here.metrics["loss"]}, {"loss": alone.metrics["loss"]}),
         gradients=error(here.grads, alone.grads),
         parameters=error(after, one.trained),
-        traffic=traffic.counts() == step_traffic(case),
+        traffic=traffic.counts() == step_traffic(case) if way.model == "dense" else exchanged(traffic) == said(way),
+        flips=flips(here.metrics, alone.metrics),
     )
+
+
+def exchanged(traffic: Traffic) -> Counts:
+    """What went over ep by all-to-all: of rows to experts alone."""
+    return {key: x for key, x in traffic.counts().items() if key == ("all_to_all", "ep")}
+
+
+def said(way: Way) -> Counts:
+    """The closed form of that, for all layers with experts."""
+    case, block = way.case, way.case.c.moe
+    assert block is not None and way.form in ("padded", "gather")
+    ep, sp = case.ranks("ep"), case.rules.endswith("_sp") or case.rules.startswith("cp_")
+    tokens = BATCH[0] * BATCH[1] // (case.m * case.ranks("dp") * ep * case.ranks("cp") * (case.ranks("tp") if sp else 1))
+    layer = Exchange(way.form, block.experts, block.top_k, tokens, case.c.embed, {"ep": ep} if ep > 1 else {}, {})
+    layers = sum(map(block.at, range(case.c.layers)))
+    forward = layers * (1 + case.again) + case.c.mtp * (1 + case.again)
+    return {key: x for key, x in expert_traffic(layer, case.m * forward, case.m * (layers + case.c.mtp)).items()
+            if key == ("all_to_all", "ep")}  # fmt: skip
+
+
+def flips(here: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> int:
+    """At least so many choices fell otherwise than on one device: half of what experts' loads differ by."""
+    one, several = balance.loads(alone), balance.loads(here)
+    return sum(int((several[layer] - load).abs().sum()) // 2 for layer, load in one.items())
 
 
 def error(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
