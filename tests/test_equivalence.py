@@ -12,7 +12,8 @@ from fmegatron.testing.equivalence import compare, expert_ways, meshes, ways
 ALL = ways(8)
 SAMPLE = random.Random(0).sample(ALL, 10)
 EXPERTS = random.Random(0).sample(expert_ways(8), 12)
-SHORT = [next(way for way in EXPERTS if (way.case.m, way.pp, way.model) == kind) for kind in ((1, 1, "latent"), (2, 2, "experts"))]
+KINDS = (1, 1, "latent"), (2, 2, "experts")  # microbatches, stages, model
+SHORT = [next(way for way in EXPERTS if (way.case.m, way.pp, way.model) == kind) for kind in KINDS]
 MARKED = [pytest.param(way, id=str(way), marks=() if way in SHORT else pytest.mark.long) for way in EXPERTS]
 
 
