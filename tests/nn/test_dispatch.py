@@ -140,7 +140,7 @@ STEPS = {  # form and mesh, rules, sizes, axes that carry tokens and experts, an
 def stepped(form, mesh, rules, sizes, **settings):
     """{(collective, axis): (count, bytes)} of a train step of fp32."""
     rules = RULES[rules] if isinstance(rules, str) else rules
-    mesh, traffic = counted(mesh(**sizes))
+    mesh, traffic = mesh if isinstance(mesh, tuple) else counted(mesh(**sizes))
     sh, model, tx = Sharding(mesh, replace(rules, dispatch=form)), gpt(EVEN), optim.sgd(0.1)
     local = {name: shard(sh, x.float() if name == "weights" else x, "batch seq") for name, x in batch().items()}
     make_step(model, tx, sh, **settings)(init(model, tx, sh), local)
@@ -171,3 +171,23 @@ def test_what_a_steps_experts_send_is_the_closed_form(case):
     }
     here, ragged = (stepped(form, thread_mesh, rules, sizes, **again) for form in ("padded", "ragged"))
     assert difference(ragged, here) == difference(said("ragged"), said("padded"))
+
+
+def test_shared_experts_run_while_rows_travel(monkeypatch):
+    """Forward and backward: the exchange of rows was issued before, and is waited for after."""
+    mesh, traffic = counted(thread_mesh(ep=2))
+    right, under_way = moe.shared, []
+
+    def shared(sh, *given):
+        def note(*_):
+            kinds = [event.kind for event in traffic.events[int(sh.rank)] if event[1:3] == ("all_to_all", "ep")]
+            under_way.append(kinds.count("issue") - kinds.count("wait"))
+
+        note()
+        y = right(sh, *given)
+        y.register_hook(note)
+        return y
+
+    monkeypatch.setattr(moe, "shared", shared)
+    stepped("ragged", (mesh, traffic), "ddp", {})
+    assert under_way == [1] * 4  # two ranks, forth and back
