@@ -174,3 +174,17 @@ def test_jitter_and_sinkhorn_are_of_training_alone():
 
     value = [model.loss(params, batch, key=key)[0]["ce"][0] for key in (None, None, random.key(0), random.key(1))]
     assert value[0] == value[1] != value[2] != value[3]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_a_router_computes_in_its_own_dtype(dtype):
+    """Of rows in bf16: scores, weights and losses are those of the same rows in that dtype."""
+    wide = router.DTYPES[dtype]
+    r, sh = Router(E, 3, router_dtype=dtype, z_loss=0.1, normalize=False), SINGLE.bind({"embed": 5, "router_expert": E})
+    g = torch.Generator().manual_seed(2)
+    x, w = torch.randn(2, 6, 5, generator=g).bfloat16(), torch.randn(5, E, generator=g).bfloat16()
+    found = router.apply(sh, r, {"weight": w}, x, {}, None)
+    wanted = (x.to(wide) @ w.to(wide)).softmax(-1)
+    assert found.weight.dtype == found.terms["router_z"].dtype == wide
+    torch.testing.assert_close(found.scores, wanted, rtol=1e-12 if wide is torch.float64 else 1e-6, atol=0)
+    torch.testing.assert_close(found.weight, wanted.topk(3).values)
