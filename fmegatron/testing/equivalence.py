@@ -33,7 +33,9 @@ from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
 
+Form = Literal["auto", "padded", "gather"]
 CONFIG = Config(layers=2, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
+FORMS: tuple[Form, ...] = ("padded", "gather")
 EXPERTS = Moe(experts=8, top_k=2, mlp=16, shared=16, score="sigmoid", balance_bias=True, sequence_loss=0.1, z_loss=0.01)
 MODELS = MappingProxyType({
     "dense": CONFIG,
@@ -52,7 +54,7 @@ class Way:
     case: Case
     pp: int = 1
     schedule: str = "none"
-    form: Literal["auto", "padded", "gather"] = "auto"  # how tokens travel to experts
+    form: Form = "auto"  # how tokens travel to experts
 
     @property
     def model(self) -> str:
@@ -128,7 +130,7 @@ def expert_ways(ranks: int) -> list[Way]:
             for sizes in meshes(ranks // pp, ("dp", "ep", "cp", "tp")):
                 if sizes.keys() <= rules.axes and "ep" in sizes:
                     n = len(found)
-                    model, form = ("experts", "latent")[n % 2], ("padded", "gather")[n // 2 % 2]
+                    model, form = ("experts", "latent")[n % 2], FORMS[n // 2 % 2]
                     way = _way(name, sizes, pp, n)
                     case = replace(way.case, c=replace(MODELS[model], layers=way.case.c.layers))
                     found.append(replace(way, case=case, form=form))
