@@ -30,24 +30,30 @@ Wait = Callable[[], None]  # the device goes on when the copies are done; the ho
 class Copies(Protocol):
     """How tensors travel between a device and host memory. What is copied must live until `Wait` was called."""
 
-    def out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
-        """Start copies in host memory."""
+    def out(self, xs: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Wait]:
+        """Start copies in host memory; into: over these tensors there."""
 
     def back(self, xs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Wait]:
         """Start copies on the device."""
+
+    def finish(self) -> None:
+        """The host waits until all that went out is there, for it to read."""
 
 
 @dataclass(frozen=True)
 class Plain:
     """Copies where host memory is the device's own, on CPU and on meta tensors: done when they are issued."""
 
-    def out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
+    def out(self, xs: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Wait]:
         """Clones."""
-        return [x.clone() for x in xs], _nothing
+        return [x.clone() for x in xs] if into is None else [y.copy_(x) for x, y in zip(xs, into, strict=True)], _nothing
 
     def back(self, xs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Wait]:
         """Clones."""
         return [x.clone() for x in xs], _nothing
+
+    def finish(self) -> None:
+        """They are."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,18 @@ class Pinned:
     outward: torch.cuda.Stream
     inward: torch.cuda.Stream
 
-    def out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
+    def out(self, xs: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Wait]:
         """Copies in pinned memory; torch keeps freed blocks of it for the next, in sizes of powers of two."""
-        return self._along(self.outward, xs, [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in xs])
+        made = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in xs] if into is None else list(into)
+        return self._along(self.outward, xs, made)
 
     def back(self, xs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Wait]:
         """Copies on the device."""
         return self._along(self.inward, xs, [torch.empty_like(x, device=device) for x in xs])
+
+    def finish(self) -> None:
+        """Waits for the stream."""
+        self.outward.synchronize()
 
     def _along(self, stream: torch.cuda.Stream, xs: Sequence[Tensor], targets: list[Tensor]) -> tuple[list[Tensor], Wait]:
         stream.wait_stream(torch.cuda.current_stream(stream.device))

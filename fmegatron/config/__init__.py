@@ -103,6 +103,7 @@ class Optimizer(Moments):
     weight_decay_shape: Literal["constant", "linear", "cosine"] = option("constant", "from weight_decay_start to weight_decay")
     switch: dict[str, Any] = option({}, "at = N: from then on other betas, vs, lr_scale; reset = true: momenta from zero")
     groups: dict[str, Any] = option({}, "[optimizer.groups.NAME]: match = [patterns of paths], frozen, or any of these keys")
+    offload: bool = option(False, "its state lies in pinned host memory, and is updated on the device piece by piece")
     on_resume: Literal["override", "restore", "match"] = option("override", "schedule of this run, the checkpoint's, or both")
     arguments: dict[str, Any] = option({}, "further arguments of the optimizer")
 

@@ -24,6 +24,7 @@ from fmegatron.optim.decay import add_decayed_weights
 from fmegatron.optim.formats import Split
 from fmegatron.optim.fuse import FusedStep, fuse
 from fmegatron.optim.groups import freeze, masked, multi
+from fmegatron.optim.host import in_host_memory
 from fmegatron.optim.lion import lion, scale_by_lion
 from fmegatron.optim.low_bit import in_formats
 from fmegatron.optim.momenta import fourth_root, scale_by_adopt, scale_by_momenta
@@ -34,11 +35,11 @@ from fmegatron.optim.sgd import scale_by_momentum, sgd
 from fmegatron.optim.switch import Switch, peak_of, scaled
 
 __all__ = [
-    "LOCAL", "BatchSizes", "FusedStep", "Known", "Over", "Rate", "Split", "Switch", "Transform", "adafactor", "adam", "adamw",
-    "add_decayed_weights", "adopt", "aggmo_adamw", "aggmo_adopt", "apply_updates", "by_samples", "chain",
+    "LOCAL", "BatchSizes", "FusedStep", "Known", "Over", "Rate", "Split", "Switch", "Transform", "adafactor", "adam",
+    "adamw", "add_decayed_weights", "adopt", "aggmo_adamw", "aggmo_adopt", "apply_updates", "by_samples", "chain",
     "clip_by_global_norm", "clip_by_value", "constant", "cosine", "decoupled_adamw", "fourth_root", "freeze", "fuse",
-    "in_formats", "increment", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon", "newton_schulz", "orthogonalize",
-    "peak_of", "qhadamw", "qhadopt", "qk_clip", "rampup", "scale_by_adam", "scale_by_adopt", "scale_by_leaf",
-    "scale_by_learning_rate", "scale_by_lion", "scale_by_mean", "scale_by_momenta", "scale_by_momentum", "scaled", "schedule",
-    "sgd", "stepwise", "wsd",
+    "in_formats", "in_host_memory", "increment", "inverse_sqrt", "linear", "lion", "masked", "multi", "muon",
+    "newton_schulz", "orthogonalize", "peak_of", "qhadamw", "qhadopt", "qk_clip", "rampup", "scale_by_adam",
+    "scale_by_adopt", "scale_by_leaf", "scale_by_learning_rate", "scale_by_lion", "scale_by_mean", "scale_by_momenta",
+    "scale_by_momentum", "scaled", "schedule", "sgd", "stepwise", "wsd",
 ]

@@ -58,11 +58,13 @@ class Transform:
 
     init: params -> state, a tree of tensors made from params (`new_zeros`), so that it can be mapped over ranks or seeds.
     form: what `fuse` may look into: an Elementwise formula, a Scaling, or the tuple of a chain; None is a closed box.
+    host: whether its arrays lie in host memory (`in_host_memory`).
     """
 
     init: Callable[[Tree], Tree]
     update: Update
     form: Any = None
+    host: bool = False
 
 
 @dataclass(frozen=True)

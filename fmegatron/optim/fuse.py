@@ -19,6 +19,7 @@ Where the last link is `multi`, each of its groups is such a step on its own lea
 compile   one kernel by torch.compile over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
           integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
 donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
+host      the arrays of the tail lie in host memory: they come and go by pieces, see stream.py; with donate only
 neither   tx.update on lists of leaves; the only way under vmap or grad, and differentiable
 ok        0-D bool: False leaves params, slots and counts as they were; chosen before anything is overwritten
 To the kernel all numbers of a step (factor, ok, rates, bias corrections, each leaf's own) are one small vector: data.
@@ -27,20 +28,23 @@ To the kernel all numbers of a step (factor, ok, rates, bias corrections, each l
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.offload import Copies, copies_of
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
 from fmegatron.optim.elementwise import Elementwise, draws_of, plain
 from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
 from fmegatron.optim.packed import ROW, Where, draw, halved, joined, on_rows, pack
+from fmegatron.optim.stream import Piece, cuts, in_turn
 from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -49,9 +53,14 @@ PIECE = 1 << 17  # elements: some ten fp32 arrays of a piece, temporaries includ
 
 @dataclass(frozen=True)
 class FusedStep:
-    """tx as one function (grads, state, params) -> (params, state); see the module."""
+    """tx as one function (grads, state, params) -> (params, state); see the module.
+
+    copies: how what lies in host memory travels, None: as the device has it; piece: elements of it at a time.
+    """
 
     tx: Transform
+    copies: Copies | None = None
+    piece: int = 1 << 24
 
     @cached_property
     def parts(self) -> tuple[tuple[Transform, ...], Transform | None, tuple[Transform, ...]]:
@@ -68,7 +77,9 @@ class FusedStep:
     def groups(self) -> dict[str, FusedStep]:
         """{label: step of its group}, where the last link is `multi`; else nothing."""
         form = _links(self.tx)[-1].form if _links(self.tx) else None
-        return {label: FusedStep(tx) for label, tx in form.transforms.items()} if isinstance(form, Groups) else {}
+        if not isinstance(form, Groups):
+            return {}
+        return {label: replace(self, tx=replace(tx, host=self.tx.host)) for label, tx in form.transforms.items()}
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -93,7 +104,9 @@ class FusedStep:
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
         donate: bool = False, compile: bool = True,
     ) -> tuple[Tree, Tree]:
-        """New params and state. Errors: ValueError for compile or donate under a torch.func transform."""
+        """New params and state. Errors: ValueError for compile or donate under a torch.func transform, host without donate."""
+        if self.tx.host and not donate:
+            raise ValueError("optimizer state in host memory is updated in place: use donate=True, and no virtual mesh")
         if not (compile or donate):
             whole = joined(params)
             updates, new = self.tx.update(grads, state, whole, over=over)
@@ -142,7 +155,8 @@ class FusedStep:
         numbers += [n for f, s in zip(forms, old, strict=True) if f.numbers for n in f.numbers(s["count"]).values()]
         own = zip(*[f.each(high) for f in forms if f.each], strict=True) if any(f.each for f in forms) else None
         vectors: dict[Any, Tensor] = {}
-        results = []
+        results: list[tuple[Tensor, ...]] = []
+        pieces: list[Piece] = []
         for i, (p, g) in enumerate(zip(leaves, tree.leaves(u), strict=True)):
             each = next(own) if own else ()
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -150,16 +164,19 @@ class FusedStep:
             if (each, dtype) not in vectors:  # few: with and without decay
                 vector = torch.stack([n.double() for n in numbers] + [one * e for e in each])
                 vectors[each, dtype] = vector.to(dtype)
-            if packed:
-                results.append(on_rows(kernel, eager, donate, g, vectors[each, dtype], where[i], own_arrays))
-            else:
-                results.append(_on_leaf(kernel, eager, donate, g, vectors[each, dtype], own_arrays))
+            update = partial(on_rows if packed else _on_leaf, kernel, eager, donate)
+            rest = (where[i],) if packed else ()
+            if self.tx.host:
+                pieces += _pieces(update, g, (vectors[each, dtype], *rest), own_arrays, 1 + halves, self.piece)
+            results.append(own_arrays if self.tx.host else update(g, vectors[each, dtype], *rest, own_arrays))
+        if pieces:
+            in_turn(self.copies or copies_of(leaves[0].device), leaves[0].device, pieces)
 
         made = [spec.unflatten(list(x)) for x in zip(*results, strict=True)]
-        params, rest = (Split(*made[:2]), iter(made[2:])) if halves else (made[0], iter(made[1:]))
+        params, slots = (Split(*made[:2]), iter(made[2:])) if halves else (made[0], iter(made[1:]))
         for i, (f, s) in enumerate(zip(forms, old, strict=True)):
             count = {"count": s["count"] + (1 if ok is None else ok.long())} if f.counts else {}
-            states[start + i] = count | {name: next(rest) for name in f.arrays}
+            states[start + i] = count | {name: next(slots) for name in f.arrays}
         return params, tuple(states) if isinstance(self.tx.form, tuple) else states[0]
 
     def _by_group(
@@ -202,6 +219,20 @@ def _where(forms: list[Any], states: list[Tree], params: Tree, over: Over) -> li
     none = tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
     places = places or [("", none[None, None], none[None])] * n
     return [(place[1], place[2], tuple(k[i] for k in keys)) for i, place in enumerate(places)]
+
+
+def _pieces(
+    update: Callable[..., Any], g: Tensor, rest: tuple[Any, ...], arrays: tuple[Tensor, ...], here: int, most: int
+) -> Iterator[Piece]:
+    """The update of a leaf's arrays by pieces; the first `here` of them lie on the device."""
+    for part in cuts(g.shape, most):
+        def run(held: tuple[Tensor, ...], part: slice | EllipsisType = part) -> None:
+            vector, *where = rest
+            if where and isinstance(part, slice) and len(where[0][0]) == len(g):
+                where = [(where[0][0][part], *where[0][1:])]
+            update(g[part], vector, *where, (*(x[part] for x in arrays[:here]), *held))
+
+        yield Piece(run, tuple(x[part] for x in arrays[here:]))
 
 
 def _kernel(forms: tuple[Elementwise, ...]) -> Kernel:

@@ -154,10 +154,13 @@ def _seconds(machine: Machine, study: Study) -> tuple[dict[str, float], float, f
 
 
 def _update(machine: Machine, study: Study) -> float:
-    """Seconds of the optimizer: fused it reads state, parameters (half of AdamW's state) and gradients, and writes two."""
+    """Seconds of the optimizer: fused it reads state, parameters (half of AdamW's state) and gradients, writes two; of state
+    in host memory those of its way here or back, if these are more.
+    """
     moved = study.work.counts["update"](study.layers).moved
     moved = 3.5 * study.optimizer_bytes if machine.execution.fused else moved
-    return moved / (machine.device.bandwidth * machine.efficiency.bytes)
+    swap = study.work.swap(study.layers) / 2 / (machine.device.host * machine.efficiency.links)
+    return max(moved / (machine.device.bandwidth * machine.efficiency.bytes), swap)
 
 
 def _link(machine: Machine, moved: float, busy: float) -> float:

@@ -40,10 +40,15 @@ def memory_of(
     return max(found, key=lambda kinds: kinds["peak"])
 
 
-def host_of(layers: int, work: Work, schedule: str, stages: int, virtual: int, microbatches: int) -> dict[str, int]:
-    """Bytes that a rank keeps in host memory, by kind: those of the stage with most microbatches under way."""
+def host_of(
+    model: Model, leaves: Sequence[LeafRow], work: Work, schedule: str, stages: int, virtual: int, microbatches: int
+) -> dict[str, int]:
+    """Bytes in host memory of the stage with most microbatches under way: activations, optimizer (all of it, or none)."""
     flying = pipeline.in_flight(schedule, stages, virtual, microbatches, 0)
-    return {"activations": round(flying * work.host(layers))}
+    layers, away = sum(node.is_layer for node in model.chain), work.swap(1) > 0
+    first = leaves_of(model, leaves, first=True, last=stages == 1)
+    both, own = (sum(row.optimizer_bytes for row in rows) * away for rows in (leaves, first))
+    return {"activations": round(flying * (work.host(layers) - both)), "optimizer": own}
 
 
 def leaves_of(model: Model, leaves: Sequence[LeafRow], first: bool, last: bool) -> list[LeafRow]:

@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):
 
     counts: {label: Count}. peaks: {label: most bytes of tensor storages alive after one of its operators}; what was alive
     before is alive only if it was told (`hold`). marks: bytes alive at moments that somebody wanted to keep. It is the
-    transport of what waits in host memory too: that counts as `host`, its copies under the label "link".
+    transport of what waits in host memory too: that counts as `host`, its copies under the label "link", or "update link".
     """
 
     def __init__(self) -> None:
@@ -122,21 +122,28 @@ class Meter(TorchDispatchMode):
         """Bytes of the storages that are alive now."""
         return self._device.bytes()
 
-    def out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
+    def out(self, xs: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Wait]:
         """Copies that count as host memory."""
         with _disable_current_modes():
-            made, wait = Plain().out(xs)
+            made, wait = Plain().out(xs, into)
         self.keep(made)
-        self.counts["link"] = self.counts.get("link", Count()) + Count(moved=sum(map(_size, xs)))
+        self._send(xs)
         return made, wait
 
     def back(self, xs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Wait]:
         """Copies that count as the device's."""
-        self.counts["link"] = self.counts.get("link", Count()) + Count(moved=sum(map(_size, xs)))
+        self._send(xs)
         with _disable_current_modes():
             made, wait = Plain().back(xs, device)
         self.hold(made)
         return made, wait
+
+    def _send(self, xs: Sequence[Tensor]) -> None:
+        label = f"{self.label} link" if self.label == "update" else "link"
+        self.counts[label] = self.counts.get(label, Count()) + Count(moved=float(sum(x.numel() * x.element_size() for x in xs)))
+
+    def finish(self) -> None:
+        """All copies are done when they are issued."""
 
     def keep(self, values: Iterable[Tensor]) -> None:
         """Tensors in host memory."""
@@ -164,10 +171,6 @@ def _attention(backward: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     causal = args[7] if backward else (args[4] if len(args) > 4 else kwargs.get("is_causal", False))
     batch, heads, length, hd = q.shape
     return (10 if backward else 4) * batch * heads * length * k.shape[2] * hd * (0.5 if causal else 1.0)
-
-
-def _size(x: Tensor) -> float:
-    return float(x.numel() * x.element_size())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

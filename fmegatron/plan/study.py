@@ -82,7 +82,9 @@ def study(run: PlanConfig, model: Model) -> Study:
     micro, once = per_microbatch(one.collectives, two.collectives)
     if stages > 1:
         micro.append(_between_stages(run, model, stages))
-    memory = memory_of(stage, one.leaves, work, run.pipeline.schedule, stages, run.pipeline.virtual, m)
+    place = (run.pipeline.schedule, stages, run.pipeline.virtual, m)
+    on_device = [replace(row, optimizer_bytes=0) for row in one.leaves] if run.optimizer.offload else one.leaves
+    memory = memory_of(stage, on_device, work, *place)
     meetings: tuple[MeetingRow, ...] = ()
     if rule is not None and replicas(every) > 1:
         met = explain(stage, every, tx=tx_of(stage), batch=(replicas(every), rows[1]), semisync=rule, **shared)
@@ -97,7 +99,7 @@ def study(run: PlanConfig, model: Model) -> Study:
         micro=tuple(micro),
         once=tuple(once),
         memory=memory,
-        host=host_of(layers, work, run.pipeline.schedule, stages, run.pipeline.virtual, m),
+        host=host_of(stage, one.leaves, work, *place),
         optimizer_bytes=one.per_rank["optimizer"],
         flops=flops,
         whole=whole,

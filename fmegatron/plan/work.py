@@ -21,6 +21,7 @@ from fmegatron import optim, tree
 from fmegatron.models import Model
 from fmegatron.nn.param import Param
 from fmegatron.optim import Transform
+from fmegatron.optim.host import arrays_of
 from fmegatron.plan.meter import Count, Fused, Meter
 from fmegatron.sharding import Sharding
 from fmegatron.train.rehearsal import rehearse
@@ -47,7 +48,7 @@ class Work:
     """Of one rank, by number of layers. counts: by part, of a microbatch, "update" of a step.
 
     peaks: bytes alive, by part, with one microbatch in flight. kept: bytes that a microbatch's forward leaves for its backward.
-    host: bytes of it in host memory. link: bytes that a microbatch sends to and from there.
+    host: most bytes in host memory. link, swap: bytes that a microbatch, and the update, send to and from there.
     """
 
     counts: dict[str, Line]
@@ -55,6 +56,7 @@ class Work:
     kept: Line
     host: Line
     link: Line
+    swap: Line
 
 
 def work_of(
@@ -102,6 +104,7 @@ def work_of(
         kept=line(lambda meter: meter.marks["after"] - meter.marks["before"]),
         host=line(lambda meter: meter.host),
         link=line(lambda meter: meter.counts.get("link", Count()).moved / parts),
+        swap=line(lambda meter: meter.counts.get("update link", Count()).moved),
     )
 
 
@@ -143,7 +146,7 @@ def _rehearsed(model: Model, sharding: Sharding, tx: Transform, *, remat: str, *
     engine = Watched(meter, part, layers)
 
     def finish(tx: Transform) -> Callable[..., Any]:
-        fused = optim.fuse(tx)
+        fused = optim.FusedStep(tx, copies=meter)
 
         def update(*args: Any, **more: Any) -> Any:
             return engine.under("update", lambda: fused(*args, **more))
@@ -151,7 +154,9 @@ def _rehearsed(model: Model, sharding: Sharding, tx: Transform, *, remat: str, *
         return update
 
     practice = rehearse(model, sharding, engine, tx=tx, finish=finish, remat=policy, **settings)
-    meter.hold(practice.held)
+    away = {id(x) for x in arrays_of(tx, practice.opt_state)} if tx.host else set()
+    meter.keep(x for x in practice.held if id(x) in away)
+    meter.hold(x for x in practice.held if id(x) not in away)
     meter.label = "rest"
     with Fused(), meter:
         practice.step()

@@ -123,7 +123,7 @@ def _explanation(
         leaves=leaves,
         collectives=tuple(traffic.rows()),
         meetings=explain_meetings(practice, traffic),
-        per_rank=_totals(plan, leaves, practice.opt_state) | _outer(practice.state.outer),
+        per_rank=_totals(plan, leaves, practice) | _outer(practice.state.outer),
     )
 
 
@@ -231,7 +231,7 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str, int]:
+def _totals(plan: Plan, leaves: Sequence[LeafRow], practice: Rehearsal) -> dict[str, int]:
     by_path = {row.path: row for row in leaves}
     gathered = [
         sum(
@@ -244,10 +244,12 @@ def _totals(plan: Plan, leaves: Sequence[LeafRow], opt_state: Tree) -> dict[str,
     kept = sum(n for n, node in zip(gathered, plan.model.chain, strict=True) if not plan.reshard.frees(node))
     gathered = [n for n, node in zip(gathered, plan.model.chain, strict=True) if plan.reshard.frees(node)]
     window = plan.prefetch + 1
+    optimizer = sum(_bytes(x) for x in tree.leaves(practice.opt_state))
     return {
         "parameters": sum(row.storage_bytes for row in leaves),
         "gradients": sum(row.gradient_bytes for row in leaves),
-        "optimizer": sum(_bytes(x) for x in tree.leaves(opt_state)),
+        "optimizer": optimizer,
+        **({"of it in host memory": optimizer} if practice.host else {}),
         "gathered": kept + max((sum(gathered[i : i + window]) for i in range(len(gathered))), default=0),
     }
 

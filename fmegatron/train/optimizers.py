@@ -66,7 +66,17 @@ def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -
     t = c.training
     clips = [] if t.clip_norm is None else [optim.clip_by_global_norm(t.clip_norm)]
     clips += [] if t.clip_value is None else [optim.clip_by_value(t.clip_value)]
-    return optim.chain(*clips, tx) if clips else tx
+    tx = optim.chain(*clips, tx) if clips else tx
+    return optim.in_host_memory(tx) if _offloads(c) else tx
+
+
+def _offloads(c: RunConfig) -> bool:
+    """Whether the state lies in host memory; ConfigError where something else would read it on the device."""
+    uses = {"training.donate = false": not c.training.donate, "mesh.virtual": c.mesh.virtual and not c.mesh.threads,
+            "semisync.params": c.semisync.params, "monitors.optimizer": c.monitors.optimizer}  # fmt: skip
+    if c.optimizer.offload and (used := [name for name, value in uses.items() if value]):
+        raise ConfigError(f"optimizer.offload with {used[0]}: the state is updated in place, in pieces; leave out one of them")
+    return c.optimizer.offload
 
 
 def outer_of(name: str, rate: float, arguments: Mapping[str, Any]) -> Transform:

@@ -25,13 +25,17 @@ from fmegatron.tree import Tree
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A step of rank 0 of an abstract mesh, on meta tensors, ready to run: `step()`. held: the state's tensors and batch's."""
+    """A step of rank 0 of an abstract mesh, on meta tensors, ready to run: `step()`. held: the state's tensors and batch's.
+
+    host: whether the optimizer's arrays lie in host memory.
+    """
 
     plan: Plan
     opt_state: Tree
     state: TrainState
     held: list[Tensor]
     step: Callable[[], None]
+    host: bool
 
 
 def rehearse(
@@ -66,13 +70,13 @@ def rehearse(
         opt_state, outer = tx.init(held), plan.meeting.outer(held)
     zero = _empty((), torch.int64)
     state = TrainState(zero, params, opt_state, zero, zero, zero, outer=outer)
-    run = spmd(plan.meeting.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate))
+    run = spmd(plan.meeting.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate or tx.host))
 
     def step() -> None:
         with torch.no_grad():
             run()
 
-    return Rehearsal(plan, opt_state, state, [*tree.leaves(params), *tree.leaves(opt_state), *data.values()], step)
+    return Rehearsal(plan, opt_state, state, [*tree.leaves(params), *tree.leaves(opt_state), *data.values()], step, tx.host)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ from fmegatron import optim, tree
 from fmegatron.data.batches import NAMES
 from fmegatron.models import Config, gpt
 from fmegatron.nn.moe import Moe
+from fmegatron.optim.host import arrays_of
 from fmegatron.plan.meter import Meter
 from fmegatron.plan.work import _period, first_layers, work_of
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard
@@ -28,23 +29,26 @@ def tx(model):
     return optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))
 
 
-def real(c, sh, donate=True, **settings):
+def real(c, sh, tx=tx, donate=True, **settings):
     """The most bytes alive in a step of real tensors, on the device and in host memory; on an abstract mesh only the peers
     are missing."""
     model, meter = gpt(c), Meter()
     policy = replace(parse_remat(settings.pop("remat", "none")), copies=meter)
-    state, step = init(model, tx(model), sh), make_step(model, tx(model), sh, donate=donate, remat=policy, **settings)
+    rule = tx(model)
+    state, step = init(model, rule, sh), make_step(model, rule, sh, donate=donate, remat=policy, **settings)
     tokens = torch.zeros(BATCH, dtype=torch.int64)
     values = dict.fromkeys(NAMES, tokens) | {"weights": torch.ones(BATCH), "sample": torch.arange(BATCH[0])}
     data = {key: shard(sh, values[key], names) for key, names in FIELDS.items()}
     del values, tokens
-    meter.hold([*tree.leaves(state), *data.values()])
+    away = arrays_of(rule, state.opt_state) if rule.host else []
+    meter.keep(away)
+    meter.hold(x for x in [*tree.leaves(state), *data.values()] if all(x is not other for other in away))
     with meter:
         step(state, data)
     return max(meter.peaks.values()), meter.host
 
 
-def predicted(c, sh, **settings):
+def predicted(c, sh, tx=tx, **settings):
     work = work_of(gpt(c), sh, tx, batch=BATCH, fields=FIELDS, **({"donate": True} | settings))
     return max(line(c.layers) for line in work.peaks.values()), work.host(c.layers)
 
@@ -95,6 +99,19 @@ def test_the_first_layers_are_a_model():
     part = first_layers(gpt(replace(C, no_rope=(False, True, False, True, False))), 3)
     assert [node.layer for node in part.chain] == [None, 0, 1, 2, None, None]
     assert part.count() == gpt(replace(C, layers=3)).count()
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("full+offload", marks=pytest.mark.long)])
+def test_optimizer_state_in_host_memory(remat):
+    def there(model):
+        return optim.in_host_memory(tx(model))
+
+    sh, settings = Sharding(on_cpu(dp=4), RULES["zero1"]), {"remat": remat, "dtype": torch.bfloat16}
+    measured = real(C, sh, there, **settings)
+    assert predicted(C, Sharding(abstract_mesh(dp=4), RULES["zero1"]), there, **settings) == pytest.approx(measured, rel=0.03)
+    moments = 2 * 4 * gpt(C).count() // 4
+    assert measured[1] >= moments and (measured[1] == moments) == (remat == "full")
+    assert measured[0] < real(C, sh, tx, **settings)[0] - 0.3 * moments
 
 
 SINGLE_ABSTRACT = Sharding(abstract_mesh(), RULES["single"])

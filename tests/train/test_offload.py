@@ -35,9 +35,9 @@ def batch(rows=2, length=8):
     return {"tokens": torch.randint(0, 32, (rows, length), generator=generator)}
 
 
-def trained(c=C, sh=SINGLE, steps=2, **settings):
+def trained(c=C, sh=SINGLE, steps=2, tx=None, **settings):
     """Everything that two steps return."""
-    model, tx = gpt(c), optim.adamw(1e-3)
+    model, tx = gpt(c), tx or optim.adamw(1e-3)
     state, step = init(model, tx, sh), make_step(model, tx, sh, **settings)
     tokens = batch(4)["tokens"]
     local = {"tokens": shard(sh, tokens, "batch seq"), "labels": shard(sh, tokens, "batch loss_seq")}
@@ -94,6 +94,13 @@ def test_the_residuals_that_are_used_are_those_that_came_back():
 def test_the_same_bits_on_a_mesh(mesh):
     sh = Sharding(mesh(dp=2, tp=2), RULES["fsdp_tp_sp"])
     assert same(trained(sh=sh, remat="offload-1", steps=1), trained(sh=sh, steps=1))
+
+
+@pytest.mark.parametrize("sh", [SINGLE, Sharding(thread_mesh(dp=2), RULES["zero1"])], ids=["one device", "zero1"])
+def test_the_same_bits_with_the_optimizer_in_host_memory_too(sh):
+    tx = optim.chain(optim.clip_by_global_norm(0.1), optim.adamw(1e-3))
+    both = trained(sh=sh, tx=optim.in_host_memory(tx), donate=True, remat="offload")
+    assert same(both, trained(sh=sh, tx=tx, donate=True))
 
 
 def test_the_same_bits_in_a_pipeline():
