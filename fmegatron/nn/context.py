@@ -12,16 +12,20 @@ causal the head is multiplied with the first half of the keys only.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fmegatron import random
+from fmegatron.kernels import attention
+from fmegatron.kernels.attention import Seen
 from fmegatron.nn import dropout, ring, watch
 from fmegatron.nn.core import attend as dense
 from fmegatron.nn.core import largest_score, see
 from fmegatron.sharding.zigzag import unzigzag, zigzag
+from fmegatron.transforms import compiling, inside_transform
 
 if TYPE_CHECKING:
     from fmegatron.nn.attention import Attention
@@ -83,8 +87,12 @@ def attend(
     if attn.dropout and key is not None:
         rows = dropout.of_scores(sh, random.fold_in(key, "scores"), queries, v["sample"], tokens.here)
         tokens = tokens._replace(rows=rows)
+    if not around and part_of(exact, along) == "all" and "cache" not in v:
+        seen = seen_of(sh, attn, queries, keys, tokens, sink)
+        if seen is not None:
+            return unmasked(sh, attn, queries, keys, values, seen, sink)
     if not around:
-        return whole(sh, attn, queries, keys, values, tokens, sink, n, "halves" if exact else "queries" if along else "all")
+        return whole(sh, attn, queries, keys, values, tokens, sink, n, part_of(exact, along))
     if len(around) > 1:
         raise ValueError(f"keys lie over mesh axes {', '.join(around)}: a ring runs along one axis, give kv_seq only one")
     axis, aligned = sh.mesh[around[0]], along == around and order is None
@@ -103,6 +111,44 @@ def attend(
     if attn.clip or sh.watches("attention"):
         watch.max_logit(sh, tops[0].amax((0, 2)), queries, attn.clip)
     return y
+
+
+def part_of(exact: bool, along: tuple[str, ...]) -> str:
+    """What the queries are, see `whole`."""
+    return "halves" if exact else "queries" if along else "all"
+
+
+def seen_of(
+    sh: Sharding, attn: Attention, queries: Tensor, keys: Tensor, tokens: ring.Tokens, sink: Tensor | None
+) -> Seen | None:
+    """What queries see of as many keys, where a kernel of torch takes that as it is, and no mask need exist; else None.
+
+    Eager blocks with kernels "triton" alone: varlen_attn asks for the number of documents, flex_attention compiles itself.
+    """
+    watched = (attn.clip and sh.taps is not None) or sh.watches("attention")
+    if sh.kernels != "triton" or watched or inside_transform() or compiling() or tokens.rows is not None:
+        return None
+    if queries.shape[1] != keys.shape[1] or attn.undo != 1.0 or sh.zigzag > 1 or attn.sink == "one":
+        return None
+    window = attn.window if attn.window is not None and attn.window < keys.shape[1] else None
+    seen = Seen(attn.causal, window, tokens.order, tokens.documents)
+    return seen if attention.choose(queries, seen, attn.softcap, sink) in ("varlen", "flex") else None
+
+
+def unmasked(
+    sh: Sharding, attn: Attention, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen, sink: Tensor | None
+) -> Tensor:
+    """Attention by the kernel that `kernels.attention` chooses; by the definition where remat runs it again in a transform."""
+    found = {"sink": sink, "place": seen.place, "document": seen.document}
+    given = {name: x for name, x in found.items() if x is not None}
+
+    def core(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        g = dict(zip(given, rest, strict=True))
+        here = replace(seen, place=g.get("place"), document=g.get("document"))
+        by: attention.Choice | None = "dense" if inside_transform() else None
+        return attention.attend(q, k, v, here, scale=attn.scale, softcap=attn.softcap, sink=g.get("sink"), by=by)
+
+    return sh.remat("core_attention", sh.local(core, f"{QUERIES} -> {QUERIES}"), queries, keys, values, *given.values())
 
 
 def whole(

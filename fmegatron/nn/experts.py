@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fmegatron.kernels.grouped_matmul import grouped_matmul
 from fmegatron.kernels.launch import Form
 from fmegatron.nn import mlp
 from fmegatron.nn.mlp import Mlp
@@ -55,7 +56,7 @@ def grouped(
     bias. scale: [n], of what goes into the last product, hence of the result."""
 
     def project(name: str) -> Tensor:
-        y = product(rows, p[name], counts)
+        y = product(rows, p[name], counts, form)
         return y + p[f"{name}_bias"][expert] if kind.bias else y
 
     gate = project("gate") if kind.gated else None
@@ -63,7 +64,7 @@ def grouped(
         y = product(mlp.hidden(kind, gate, project("up"), form), p["down"], counts)
         return y if scale is None else y * scale[:, None].to(y.dtype)
     if form == "triton":  # the scale is part of the kernel
-        return product(mlp.hidden(kind, gate, project("up"), form, scale), p["down"], counts)
+        return product(mlp.hidden(kind, gate, project("up"), form, scale), p["down"], counts, form)
     h = mlp.hidden(kind, gate, project("up"))
     return product(h if scale is None else h * scale[:, None].to(h.dtype), p["down"], counts)
 
@@ -101,15 +102,20 @@ class Weight(Protocol):
     def product(self, rows: Tensor, counts: Tensor | None) -> Tensor: ...
 
 
-def product(rows: Tensor, w: Tensor | Weight, counts: Tensor | None) -> Tensor:
+def product(rows: Tensor, w: Tensor | Weight, counts: Tensor | None, form: Form = "reference") -> Tensor:
     """rows [n, a] in groups of counts[e] times w [experts, a, b] -> [n, b]; by torch's kernel on a GPU, where it takes them.
-    Without counts rows are [experts, slots, a]."""
+
+    What that does not take is a kernel of ours (`form` triton, no fp64), else a matmul a group, which waits for the counts.
+    Without counts rows are [experts, slots, a].
+    """
     if not isinstance(w, Tensor):
         return w.product(rows, counts)
     if counts is None:
         return rows @ w
     if rows.is_cuda and traceable(rows):
         return F.grouped_mm(rows, w, offs=counts.cumsum(0).to(torch.int32))
+    if form == "triton" and rows.dtype != torch.float64:
+        return grouped_matmul(rows, w, counts, form=form)
     y: Tensor = _Product.apply(rows, w, counts)
     return y
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import DEVICE
 
 from fmegatron.kernels import attention
 from fmegatron.kernels.attention import Seen
+from fmegatron.models.gpt import Config, gpt
 from fmegatron.nn import core
 from fmegatron.nn.attention import Attention
+from fmegatron.sharding import SINGLE
+from fmegatron.testing import assert_trees_all_close
+from fmegatron.train.step import plan_step, value_and_grad
 
 B, S, H, KV, HD = 2, 21, 4, 2, 16
 DOCUMENT = torch.tensor([[0] * 8 + [1] * 13, [5] * 1 + [3] * 19 + [4]], device=DEVICE)
@@ -91,3 +97,45 @@ def test_the_choice_on_a_gpu(pattern):
         results[name] = [y, *torch.autograd.grad(y, (q, k, v), torch.randn(y.shape, device=DEVICE).to(dtype))]
     for a, b in zip(results[None], results["dense"], strict=True):
         assert float((a.double() - b).abs().max() / b.abs().max()) < 3e-2
+
+
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_a_model_of_documents_trains_without_a_mask(monkeypatch, remat):
+    """varlen_attn's place is taken by what torch says of it; on a GPU the choice is the model's own."""
+    asked = []
+
+    def run(*given, **options):
+        asked.append(options["window_size"])
+        return by_document(*given, **options)
+
+    model = gpt(Config(layers=2, embed=32, heads=2, kv=1, mlp=8, vocab=32, window=5, no_window=2))
+    tokens = torch.arange(2 * S).reshape(2, S) % 32
+    batch = {"tokens": tokens, "labels": tokens, "documents": DOCUMENT.cpu()}
+    params = model.init(0, torch.float64)
+
+    def gradient(kernels):
+        plan = plan_step(model, SINGLE, kernels=kernels, remat=remat)
+        with torch.no_grad():
+            return value_and_grad(plan, plan.sh, params, batch)
+
+    want = gradient("reference")
+    monkeypatch.setattr(attention, "choose", lambda *given: "varlen")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", run)
+    assert_trees_all_close(gradient("triton"), want, 1e-12)
+    assert set(asked) == {(4, 0), (-1, 0)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_with_sinks_and_a_soft_cap_asks_flex(monkeypatch):
+    model = gpt(Config(layers=1, embed=32, heads=2, kv=1, mlp=8, vocab=32, window=5, sink="learned", attention_softcap=3.0))
+    tokens = torch.arange(2 * S).reshape(2, S) % 32
+    batch = {"tokens": tokens, "documents": DOCUMENT.cpu()}
+    params = model.init(0)
+
+    def logits(kernels):
+        with torch.no_grad():
+            return model.loss(params, batch, sh=replace(SINGLE, kernels=kernels))[0]
+
+    want = logits("reference")
+    monkeypatch.setattr(attention, "choose", lambda *given: "flex")
+    assert_trees_all_close(logits("triton"), want, 1e-5)

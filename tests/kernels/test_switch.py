@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import optim
 from fmegatron.kernels import norm
 from fmegatron.kernels.launch import choose
 from fmegatron.models.gpt import Config, gpt
+from fmegatron.nn import experts
+from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing import assert_trees_all_close
@@ -71,3 +74,34 @@ def test_in_a_compiled_block():
     want, back = torch.func.vjp(lambda v: block(v, {})["y"], values)
     assert torch.allclose(out["y"], want, rtol=1e-6)
     assert_trees_all_close(pull({"y": torch.ones(())}), back(torch.ones(()))[0], 1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """The names of what ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1], [0, 0, 0, 11]])
+def test_products_of_experts_follow_the_switch(counts):
+    kind, n = Mlp("swiglu"), torch.tensor(counts)
+    torch.manual_seed(0)
+    shapes = {"gate": (4, 6, 5), "up": (4, 6, 5), "down": (4, 5, 6), "rows": (11, 6), "scale": (11,)}
+    values = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    expert = torch.repeat_interleave(torch.arange(4), n)
+
+    def pulled(form):
+        with Operators() as ran:
+            out = experts.grouped(kind, values, values["rows"], n, expert, values["scale"], form=form)
+            grads = torch.autograd.grad(out.sin().sum(), list(values.values()))
+        return [out.detach(), *grads], {name for name in ran.seen if "grouped" in name}
+
+    (got, ours), (want, _) = pulled("triton"), pulled("reference")
+    assert ours == {"fmegatron::grouped_matmul", "fmegatron::grouped_matmul_dw"}
+    assert_trees_all_close(got, want, 1e-4)
