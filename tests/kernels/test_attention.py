@@ -10,12 +10,12 @@ from cases import DEVICE
 
 from fmegatron.kernels import attention
 from fmegatron.kernels.attention import Seen
-from fmegatron.models.gpt import Config, gpt
+from fmegatron.nn import attention as layer
 from fmegatron.nn import core
 from fmegatron.nn.attention import Attention
 from fmegatron.sharding import SINGLE
 from fmegatron.testing import assert_trees_all_close
-from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.train.remat import parse_remat
 
 B, S, H, KV, HD = 2, 21, 4, 2, 16
 DOCUMENT = torch.tensor([[0] * 8 + [1] * 13, [5] * 1 + [3] * 19 + [4]], device=DEVICE)
@@ -99,43 +99,40 @@ def test_the_choice_on_a_gpu(pattern):
         assert float((a.double() - b).abs().max() / b.abs().max()) < 3e-2
 
 
-@pytest.mark.parametrize("remat", ["none", "selective"])
-def test_a_model_of_documents_trains_without_a_mask(monkeypatch, remat):
-    """varlen_attn's place is taken by what torch says of it; on a GPU the choice is the model's own."""
-    asked = []
+def block(kernels, attn, remat=False):
+    """A layer's attention over packed documents, and its gradients."""
+    torch.manual_seed(0)
+    declared = {"q": (8, H, HD), "k": (8, KV, HD), "v": (8, KV, HD), "o": (H, HD, 8), "sink": (H,)}
+    p = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in declared.items()}
+    x = torch.randn(B, S, 8, dtype=torch.float64)
+    sh = replace(SINGLE, kernels=kernels).recomputing(parse_remat("selective").recompute if remat else lambda name: None)
+    return layer.apply(sh, attn, p, x, {"documents.all": DOCUMENT.cpu()}, None), p
+
+
+@pytest.mark.parametrize("window, remat", [(5, False), (None, True)])
+def test_documents_go_without_a_mask(monkeypatch, window, remat):
+    """varlen_attn's place is taken by what torch says of it; on a GPU the choice is the block's own."""
+    attn, asked = Attention(scale=0.3, window=window), []
 
     def run(*given, **options):
         asked.append(options["window_size"])
         return by_document(*given, **options)
 
-    model = gpt(Config(layers=2, embed=32, heads=2, kv=1, mlp=8, vocab=32, window=5, no_window=2))
-    tokens = torch.arange(2 * S).reshape(2, S) % 32
-    batch = {"tokens": tokens, "labels": tokens, "documents": DOCUMENT.cpu()}
-    params = model.init(0, torch.float64)
+    def pulled(kernels):
+        y, p = block(kernels, attn, remat)
+        return [y.detach(), *torch.autograd.grad(y.sin().sum(), [p[name] for name in "qkvo"])]
 
-    def gradient(kernels):
-        plan = plan_step(model, SINGLE, kernels=kernels, remat=remat)
-        with torch.no_grad():
-            return value_and_grad(plan, plan.sh, params, batch)
-
-    want = gradient("reference")
+    want = pulled("reference")
     monkeypatch.setattr(attention, "choose", lambda *given: "varlen")
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", run)
-    assert_trees_all_close(gradient("triton"), want, 1e-12)
-    assert set(asked) == {(4, 0), (-1, 0)}
+    assert_trees_all_close(pulled("triton"), want, 1e-12)
+    assert asked == [(-1 if window is None else 4, 0)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_model_with_sinks_and_a_soft_cap_asks_flex(monkeypatch):
-    model = gpt(Config(layers=1, embed=32, heads=2, kv=1, mlp=8, vocab=32, window=5, sink="learned", attention_softcap=3.0))
-    tokens = torch.arange(2 * S).reshape(2, S) % 32
-    batch = {"tokens": tokens, "documents": DOCUMENT.cpu()}
-    params = model.init(0)
-
-    def logits(kernels):
-        with torch.no_grad():
-            return model.loss(params, batch, sh=replace(SINGLE, kernels=kernels))[0]
-
-    want = logits("reference")
-    monkeypatch.setattr(attention, "choose", lambda *given: "flex")
-    assert_trees_all_close(logits("triton"), want, 1e-5)
+def test_sinks_and_soft_caps_ask_flex(monkeypatch):
+    attn = Attention(scale=0.3, window=5, softcap=3.0, sink="learned")
+    with torch.no_grad():
+        want = block("reference", attn)[0]
+        monkeypatch.setattr(attention, "choose", lambda *given: "flex")
+        assert_trees_all_close(block("triton", attn)[0], want, 1e-6)
