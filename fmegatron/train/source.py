@@ -154,7 +154,7 @@ def _streams(c: RunConfig) -> mds.StreamCorpus:
     if tokenizer is None:
         raise ConfigError("data.streams: name the data.tokenizer that made the tokens (tokenizer.json, byte, null:SIZE)")
     names = ("epoch_size", "shuffle", "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "sampling_method",
-             "sampling_granularity", "batching_method")  # fmt: skip
+             "sampling_granularity", "batching_method", "device_batch")  # fmt: skip
     seed = c.run.seed if s.shuffle_seed is None else s.shuffle_seed
     return mds.StreamCorpus(
         [mds.stream_of(table, number) for number, table in enumerate(c.data.streams)],

@@ -6,6 +6,8 @@ that divides the canonical nodes (the last, incomplete batches of an epoch aside
 
     random       every batch draws from all streams           stratified   every batch has each stream's share
     per_stream   every batch is of one stream
+    device_per_stream   every `device_batch` rows of a batch are of one stream: mosaicml-streaming's on a single rank, where
+                        theirs depends on the ranks there are; device batches follow each other in batches of any size
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from fmegatron.data.mds.partition import traversal
 from fmegatron.data.mds.sampling import Drawn, Weight, choose, resample
 from fmegatron.data.mds.shuffle import Ints, default_block_size, default_nodes, shuffle
 
-BATCHING = ("random", "stratified", "per_stream")
+BATCHING = ("random", "stratified", "per_stream", "device_per_stream")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,16 @@ class Order:
     sampling_method: str = "balanced"
     sampling_granularity: int = 1
     batching_method: str = "random"
+    device_batch: int | None = None  # not an option of theirs, see the module
 
     def __post_init__(self) -> None:
         if self.sampling_method not in ("balanced", "fixed"):
             raise ValueError(f"sampling_method {self.sampling_method!r}: known are balanced, fixed")
         if self.batching_method not in BATCHING:
             raise ValueError(f"batching_method {self.batching_method!r}: known are {', '.join(BATCHING)}")
+        if (self.batching_method == "device_per_stream") != (self.device_batch is not None):
+            said = f"batching_method {self.batching_method!r} and device_batch {self.device_batch}"
+            raise ValueError(f"{said}: device_per_stream and the rows of a device batch go together")
         if self.shuffle_seed < 0:
             raise ValueError(f"shuffle_seed {self.shuffle_seed}: must not be negative")
 
@@ -89,7 +95,9 @@ def epoch_order(order: Order, parts: Sequence[Part], epoch: int, batch: int) -> 
     if order.batching_method == "stratified":
         return _stratified(lines, shares, batch)
     seed = order.shuffle_seed + (epoch if order.shuffle and not fixed else 0)
-    return _per_stream(lines, batch, np.random.default_rng(seed))
+    if order.device_batch is not None and batch % order.device_batch:
+        raise ValueError(f"device_batch {order.device_batch} does not divide a batch of {batch} rows: use one that does")
+    return _per_stream(lines, order.device_batch or batch, np.random.default_rng(seed))
 
 
 def _line(order: Order, drawn: Drawn, epoch: int, block: int) -> Ints:

@@ -86,6 +86,23 @@ def test_epochs_are_mosaics(mosaic: Any, folders: list[Path], weights: list[dict
         assert sorted(order[step * whole : (step + 1) * whole].tolist()) == sorted(steps[step].tolist())
 
 
+@pytest.mark.parametrize(("epoch", "algo"), [(0, "py1e"), (1, "py1s")])
+def test_device_batches_of_one_stream_are_mosaics_of_one_rank(mosaic: Any, folders: list[Path], epoch: int, algo: str) -> None:
+    options = {"shuffle_seed": 5, "shuffle_algo": algo, "shuffle_block_size": 64, "num_canonical_nodes": 4, "shuffle": True,
+               "batching_method": "device_per_stream"}  # fmt: skip
+    world = {"num_nodes": 1, "ranks_per_node": 1, "workers_per_rank": 2, "num_ranks": 1}
+    theirs = mosaic.epochs([{"local": str(folder)} for folder in folders], world, epoch, 0, batch_size=4, **options)
+    theirs = theirs.transpose(3, 2, 0, 1, 4).reshape(-1, 4)
+    streams = Streams([Stream(str(folder)) for folder in folders])
+    streams.cache.close()
+    order = epoch_order(Order(**options, device_batch=4), streams.parts("all"), epoch, 8)  # two device batches a step
+    assert len(order) > 80 and order.tolist() == theirs[: len(order) // 4].reshape(-1).tolist()
+    with pytest.raises(ValueError, match="device_batch 3 does not divide a batch of 8"):
+        epoch_order(Order(**options, device_batch=3), streams.parts("all"), epoch, 8)
+    with pytest.raises(ValueError, match="go together"):
+        Order(device_batch=3)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
