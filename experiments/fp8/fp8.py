@@ -1,6 +1,6 @@
 """What few bits cost: loss on real text (Python's own standard library) by recipe, beside bf16 and fp32.
 
-    python experiments/fp8/fp8.py [--steps 300] [--recipes tensorwise,nvfp4] [--out experiments/fp8]
+    python experiments/fp8/fp8.py [--steps 200] [--recipes tensorwise,nvfp4] [--out experiments/fp8]
 
 A Llama of 4 layers and 128 features; the same weights, batches and learning rates for all, matrix products of the two middle
 layers by each recipe, everything else in fp32: so a curve shows what a recipe's rounding does, and nothing else's. bf16 (the
@@ -27,7 +27,7 @@ BASE = {
     "data": {"seq": 128, "vocab_size": 2048},
     "training": {"global_batch": 8, "dtype": "fp32", "compile": False},
     "optimizer": {"lr": 2e-3, "warmup": 30},
-    "validation": {"interval": 0, "batches": 16},
+    "validation": {"interval": 0, "batches": 8},
     "checkpoint": {"interval": 0},
     "log": {"prompt": ""},
 }
@@ -79,7 +79,7 @@ def smooth(line: list[float], width: int) -> list[float]:
 def main(words: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
     """The command; returns {recipe: (losses, held-out loss)}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--recipes", default="tensorwise,delayed,rowwise,blockwise,mxfp8,nvfp4")
     parser.add_argument("--runs", type=Path, default=Path("runs/fp8"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
