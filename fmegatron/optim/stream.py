@@ -49,5 +49,9 @@ def cuts(shape: torch.Size, most: int) -> Sequence[slice | EllipsisType]:
     """Parts along dim 0 of at most about `most` elements, of leaves whose rows a compiled kernel sees alike in any of them."""
     if len(shape) < 2 or shape[-1] % ROW or not math.prod(shape):
         return [...]
-    step = max(1, most // math.prod(shape[1:]))
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
+    inner = math.prod(shape[1:])
+    step = max(1, most // inner)
+    starts = list(range(0, shape[0], step))
+    if len(starts) > 1 and (shape[0] - starts[-1]) * inner < 2 * ROW:  # a kernel of one row would be eager, and round otherwise
+        del starts[-1]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], shape[0]], strict=True)]
