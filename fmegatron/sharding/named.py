@@ -131,7 +131,7 @@ def groups(sh: Sharding, kv: Tensor, pattern: str) -> Tensor:
     of_kv, of_heads = sh.layout.placement(source), sh.layout.placement(out)
     now = sh.layout.placement(origin[0]) if origin else of_kv
     dim = next((i for i, (a, b) in enumerate(zip(source, out, strict=True)) if a != b), None)
-    if dim is None:
+    if dim is None or not of_heads.axes[dim]:  # or all heads are here
         return run(kv, sh.rank, plan_relayout(sh.mesh, now, of_heads))
     want = of_heads.axes[dim]
     shared = tuple(os.path.commonprefix([of_kv.axes[dim], want]))  # an axis behind a skipped one cuts other groups

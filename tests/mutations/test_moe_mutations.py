@@ -63,8 +63,8 @@ def counted_again(patch):
     """What a layer counts is counted once more when it is computed again."""
     right = chain.forward
 
-    def forward(node, step, values, moving, again=False):
-        return right(node, step, values, moving)
+    def forward(node, step, values, moving, again=False, kept=False):
+        return right(node, step, values, moving, kept=kept)
 
     patch.setattr(chain, "forward", forward)
 

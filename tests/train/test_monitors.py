@@ -154,7 +154,7 @@ def test_without_wandb_one_line_says_what_to_install(corpus, tmp_path, monkeypat
     (["--profile.steps=[5, 3]"], "profile.steps = [5, 3]: the first and the last step"),
     (["--profile.stack=true"], "profile.shapes, stack and memory need profile.steps"),
     (["--profile.steps=[3, 9]"], "profile.steps = [3, 9]: the run has 4 steps"),
-    (["--validation.sets.x=/no/where"], "validation.sets.x: no file /no/where.bin"),
+    (["--validation.sets.x=/no/where"], "validation.sets.x = /no/where: no file /no/where.bin"),
     (["--validation.sets.a/b=/no/where"], "validation.sets: 'a/b' is no name"),
     (["--monitors.unigram=/no/counts.json"], "monitors.unigram = /no/counts.json: text, or a JSON file of counts"),
 ])
