@@ -26,9 +26,9 @@ import hypothesis  # noqa: E402
 
 BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make test stays under 12 minutes
     ".": 90,
-    "sharding": 200,
+    "sharding": 100,
     "nn": 120,
-    "models": 150,
+    "models": 80,
     "optim": 120,
     "data": 150,
     "train": 440,
@@ -37,10 +37,10 @@ BUDGETS = MappingProxyType({  # seconds of one core; 2 cores share the sum, make
     "plan": 200,
     "properties": 120,
     "distributed": 300,
-    "faults": 90,
+    "faults": 110,
     "experiments": 150,
     "mutations": 60,
-    "benchmarks": 80,
+    "benchmarks": 100,
 })
 
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
