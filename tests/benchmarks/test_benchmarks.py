@@ -19,6 +19,7 @@ def load(name):
     return module
 
 
+@pytest.mark.long
 def test_train_step_runs(tmp_path):
     out = tmp_path / "rows"
     only = "fp32,fmegatron eager,transformers eager"
@@ -78,6 +79,7 @@ def test_a_ratio_is_of_rounds_and_its_interval_holds_it():
     assert low <= middle <= high and high - low < 0.1
 
 
+@pytest.mark.long
 def test_kernels_are_raced_in_the_interpreter(tmp_path):
     out = tmp_path / "rows.md"
     env = {**os.environ, "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # of torch.compile's sides only that they run

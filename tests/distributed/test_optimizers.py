@@ -22,6 +22,7 @@ def torchrun(*words):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["muon", "adafactor"]
 
 
+@pytest.mark.long
 def test_matrices_on_processes():
     torchrun()
 

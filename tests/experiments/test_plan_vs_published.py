@@ -37,6 +37,7 @@ def test_the_planner_halves_a_constants_error_on_rows_that_calibrate_nothing():
     assert module.errors(rows, "predicted") < module.errors(rows, "constant") / 2
 
 
+@pytest.mark.long
 def test_a_row_is_predicted_again():
     row, noted = module.megatron()[0], FOUND["rows"][0]
     assert row.measured == pytest.approx(noted["measured"], rel=1e-9)

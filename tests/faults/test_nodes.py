@@ -45,6 +45,7 @@ def test_one_process_keeps_its_own_and_fresh_forgets_them(tmp_path, capsys):
         train(tmp_path / "two", local=local | {"factor": 2})
 
 
+@pytest.mark.long
 def test_several_ranks_save_to_object_storage(s3, tmp_path):
     """Two ranks upload a file each; they are killed, and taken up from there; a flipped file is stepped over."""
     where = {"folder": f"{s3()}/run", "interval": 3, "keep": 0}

@@ -113,6 +113,7 @@ def test_two_gloo_processes():
     assert "latency" in done.stdout and "GB/s" in done.stdout and done.stdout.strip().endswith("all is well")
 
 
+@pytest.mark.long
 def test_two_gloo_processes_of_which_one_lies():
     done = launched(__file__)
     assert done.returncode != 0

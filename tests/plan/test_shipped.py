@@ -16,7 +16,7 @@ CLUSTERS = Path(__file__).parents[2] / "experiments" / "clusters"
 RANKS = {"llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 1024, "qwen3_8b": 8, "gpt3_175b": 512}
 EXPERTS = {"mixtral_8x7b": 64, "mixtral_8x22b": 128, "qwen3_30b_a3b": 32, "qwen3_235b_a22b": 256, "deepseek_v2_lite": 8,
            "deepseek_v3": 1024, "gpt_oss_20b": 16, "gpt_oss_120b": 64}  # fmt: skip
-SHORT = {*RANKS, "deepseek_v2_lite"}
+SHORT = {"llama3_8b", "qwen3_8b", "llama3_405b", "deepseek_v2_lite"}
 RANKS |= EXPERTS
 
 
