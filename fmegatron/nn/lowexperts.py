@@ -21,6 +21,7 @@ from fmegatron.nn.lowbits import Lowered
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.collectives import Once, Pmax, Psum, apply
 from fmegatron.sharding.mesh import Axis
+from fmegatron.sharding.relayout import run
 
 Axes = tuple[Axis, ...]
 
@@ -155,10 +156,7 @@ def _largest(x: Tensor) -> Tensor:
 
 def over(top: Tensor, rank: Tensor | None, axes: Axes) -> Tensor:
     """The maximum over ranks."""
-    for axis in axes:
-        assert rank is not None
-        top = apply(top, rank, Pmax(axis))
-    return top
+    return run(top, rank, [Pmax(axis) for axis in axes])
 
 
 # -- products -----------------------------------------------------------------------------------------------------------

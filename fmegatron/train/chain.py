@@ -225,8 +225,8 @@ def probed(node: Node, step: Step, own: Tree) -> Tree:
     for path, name in node.probes:
         add_taps(step.taps, {f"tap.max.{name}": found[path].amax()}, node.index)
         found[path] = torch.zeros_like(found[path])
-    probed: Tree = tree.from_paths(found)
-    return probed
+    rest: Tree = tree.from_paths(found)
+    return rest
 
 
 def in_parts(node: Node, step: Step, own: Tree, reads: Values, moving: frozenset[str]) -> Values:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from pieces import records_of
+from trained import assert_alike, assert_bitwise, on_four_processes, records, step, words
 
 from fmegatron import cli
-from fmegatron.sharding.chunks import whole
-from fmegatron.train import checkpoint
 
-RANKS = Path(__file__).with_name("train_ranks.py")
-SIZES = {"layers": 4, "embed": 16, "heads": 4, "kv": 2, "mlp": 24, "vocab": 264, "context": 64, "tied": True}
-STEPS = 4
+MORE = {"training.microbatches": "4"}
 MESHES = {
     "one": "",
     "stages": "--mesh.pp 2 --mesh.dp 2 --training.check_replicas 2",
@@ -28,65 +20,32 @@ MESHES = {
 }
 
 
-def words(functions: Path, folder: Path, mesh: str, start: Path | None = None) -> str:
-    options = {"data.source": functions / "train", "data.valid": functions / "train", "data.tokenizer": "byte", "data.seq": 16}
-    options |= {f"model.overrides.{key}": str(value).lower() for key, value in SIZES.items()}
-    options |= {"training.steps": STEPS, "optimizer.schedule": "constant", "checkpoint.interval": 2, "checkpoint.keep": 0}
-    options |= {"training.global_batch": 16, "training.microbatches": 4, "training.compile": "false", "log.prompt": "''"}
-    options |= {"validation.interval": 2, "validation.batches": 1, "run.dir": folder}
-    options |= {"checkpoint.resume": start} if start else {}
-    return " ".join(["train debug", *(f"--{key}={value}" for key, value in options.items()), MESHES[mesh]])
-
-
-def step(folder: Path, number: int) -> Path:
-    return folder / "checkpoints" / f"step-{number:08d}"
-
-
 @pytest.fixture(scope="module")
 def runs(functions, tmp_path_factory) -> Path:
     """Runs "one" and "stages" from the start, then "A-B": on mesh B from step 2 of A."""
     root = tmp_path_factory.mktemp("runs")
-    assert cli.main(shlex.split(words(functions, root / "one", "one"))) == 0
+
+    def run(name: str, mesh: str, start: Path | None = None) -> str:
+        return words(functions, root / name, MESHES[mesh], MORE, start)
+
+    assert cli.main(shlex.split(run("one", "one"))) == 0
     pairs = [("stages", "stages"), ("stages", "deep"), ("one", "loops")]
-    given = [words(functions, root / "stages", "stages")]
-    given += [words(functions, root / f"{a}-{b}", b, step(root / a, 2)) for a, b in pairs]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(RANKS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("resumed at step 2") == len(pairs) and "pp=2" in done.stdout
-    last = words(functions, root / "loops-one", "one", step(root / "one-loops", 4)) + " --training.steps 6"
+    resumed = [run(f"{a}-{b}", b, step(root / a, 2)) for a, b in pairs]
+    said = on_four_processes([run("stages", "stages"), *resumed], timeout=120)
+    assert said.count("resumed at step 2") == len(pairs) and "pp=2" in said
+    last = run("loops-one", "one", step(root / "one-loops", 4)) + " --training.steps 6"
     assert cli.main(shlex.split(last)) == 0
     return root
 
 
-def tensors(found: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint, whole."""
-    wanted = {key: whole(torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in checkpoint.tensors(found).items()}
-    checkpoint.load(found, wanted)
-    return {key: chunks.pieces[0][1] for key, chunks in wanted.items()}
-
-
-def records(folder: Path, key: str) -> list[float]:
-    return [record[key] for record in records_of(folder) if record.get(key) is not None]
-
-
 def test_resumed_on_the_same_mesh_the_run_is_bitwise_the_same(runs):
-    through, resumed = tensors(step(runs / "stages", 4)), tensors(step(runs / "stages-stages", 4))
-    assert through.keys() == resumed.keys()
-    assert [key for key in through if not torch.equal(through[key], resumed[key])] == []
+    assert_bitwise(runs / "stages", runs / "stages-stages")
     assert records(runs / "stages-stages", "loss") == records(runs / "stages", "loss")[2:]
 
 
 @pytest.mark.parametrize("name", ["stages", "stages-deep", "one-loops"])
 def test_checkpoints_and_numbers_are_those_of_one_device(runs, name):
-    one, found = tensors(step(runs / "one", 4)), tensors(step(runs / name, 4))
-    assert {key: x.shape for key, x in one.items()} == {key: x.shape for key, x in found.items()}
-    for key, x in one.items():
-        torch.testing.assert_close(found[key], x, atol=2e-4, rtol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
-    for key in ("loss", "grad_norm", "heldout_loss"):
-        numbers = records(runs / name, key)
-        assert numbers and numbers == pytest.approx(records(runs / "one", key)[-len(numbers) :], rel=1e-4)
+    assert_alike(runs / name, runs / "one")
 
 
 def test_one_device_goes_on_from_stages(runs):

@@ -118,7 +118,10 @@ def test_a_compiled_step_rounds_by_the_same_words(name, first, second, halves):
     """Moments from zeros are products, which no compiler rounds otherwise: their codes are equal, bit for bit. Later sums may
     differ in their last fp32 bit, and round to the other neighbour, one code in thousands. Other words change half of them."""
     shapes, g = {"a": (12, 320), "b": (128,), "d": (13, 70)}, torch.Generator().manual_seed(2)
-    draw = lambda: {path: torch.randn(s, generator=g) for path, s in shapes.items()}  # noqa: E731
+
+    def draw():
+        return {path: torch.randn(s, generator=g) for path, s in shapes.items()}
+
     tx, params = optim.in_formats(TXS[name](), first, second), draw()
     fused, state = optim.fuse(tx), tx.init(params)
     held = (halved(params) if halves else params, state)
