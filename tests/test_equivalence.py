@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fmegatron.testing import equivalence
-from fmegatron.testing.equivalence import compare, expert_ways, meshes, ways
+from fmegatron.testing.equivalence import Result, compare, expert_ways, meshes, ways
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.equivalence import equivalence as table  # noqa: E402
 
 ALL = ways(8)
 SAMPLE = random.Random(0).sample(ALL, 10)
@@ -42,3 +48,13 @@ def test_other_data_and_other_traffic_are_seen(monkeypatch):
 def test_a_step_with_experts_is_one_devices_and_exchanges_what_the_formula_says(way):
     found = compare(way)
     assert found.worst < 1e-10 and found.traffic and found.flips == 0
+
+
+def test_the_table_of_all_ways_goes_on_where_it_was_cut_and_shows_the_worst(tmp_path):
+    good, wrong = Result(1e-16, 2e-16, 3e-16, True), Result(1e-16, 2e-3, 1e-9, False, 1)
+    one, other = ALL[0], replace(ALL[0], schedule="gpipe")  # two ways of one field of the picture
+    whole = table.line(str(one), wrong) + table.line(str(other), good)
+    (tmp_path / "results.jsonl").write_text(whole + table.line("cut", good)[:-9])
+    assert table.kept(tmp_path / "results.jsonl") == {str(one): wrong, str(other): good}
+    assert table.kept(tmp_path / "none") == {}
+    assert table.fields([(one, wrong), (other, good)]) == {(one.case.rules, one.mesh): 2e-3}

@@ -4,17 +4,21 @@ Of the ways of models with experts (ep among the axes) each third.
 
     python experiments/equivalence/equivalence.py --folder runs/equivalence        (make equivalence)
 
-The ways are shared out among processes of one thread each. Exit status 1 where an error is above 1e-10, or a step sends
+The ways are shared out among processes of one thread each. Each result goes to results.jsonl as it comes; `--resume` takes what
+is there, which is right only while the code is the same. Exit status 1 where an error is above 1e-10, or a step sends
 anything but what the formula says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -43,23 +47,61 @@ def markdown(results: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fields(results: Table) -> dict[tuple[str, str], float]:
+    """The largest error of the ways that share a preset and a mesh."""
+    worst: dict[tuple[str, str], float] = {}
+    for way, found in results:
+        at = (way.case.rules, way.mesh)
+        worst[at] = max(found.worst, worst.get(at, 0.0))
+    return worst
+
+
 def heat_map(results: Table, file: Path) -> None:
-    """The largest error of each case, rules by meshes; a cross where the traffic is not the formula's."""
+    """The fields, presets by meshes; a cross where the traffic is not the formula's."""
     rules, meshes = list(dict.fromkeys(way.case.rules for way, _ in results)), sorted({way.mesh for way, _ in results})
     errors = np.full((len(rules), len(meshes)), np.nan)
-    figure, axes = plt.subplots(figsize=(2 + 0.42 * len(meshes), 1.8 + 0.3 * len(rules)), layout="constrained")
-    for way, found in results:
-        row, column = rules.index(way.case.rules), meshes.index(way.mesh)
-        errors[row, column] = np.log10(max(found.worst, 1e-17))
-        if not found.traffic:
-            axes.plot(column, row, "kx")
+    figure, axes = plt.subplots(figsize=(2 + 0.3 * len(meshes), 2.4 + 0.3 * len(rules)), layout="constrained")
+    for (name, mesh), worst in fields(results).items():
+        errors[rules.index(name), meshes.index(mesh)] = np.log10(max(worst, 1e-17))
+    for way, _ in (row for row in results if not row[1].traffic):
+        axes.plot(meshes.index(way.mesh), rules.index(way.case.rules), "kx")
     image = axes.imshow(errors, vmin=-17, vmax=-10, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(meshes)), meshes, rotation=90)
     axes.set_yticks(range(len(rules)), rules)
     axes.set_title(f"{len(results)} ways to lay a step over 8 ranks: largest error against one device, fp64")
-    figure.colorbar(image, label="log10 of the error, in parts of a tensor's largest entry")
+    figure.colorbar(image, label="log10 of the error,\nin parts of a tensor's largest entry")
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def line(way: str, found: Result) -> str:
+    """One result, as JSON."""
+    return json.dumps({"way": way} | asdict(found)) + "\n"
+
+
+def kept(file: Path) -> dict[str, Result]:
+    """The results of an earlier run, by way; a line that was cut off is passed over."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row.pop("way"): Result(**row) for row in rows}
+
+
+def compared(chosen: list[Way], file: Path, workers: int) -> Iterator[Result]:
+    """The result of each way in its order, those that `file` lacks computed and written there as they come."""
+    before = kept(file)
+    missing = [way for way in chosen if str(way) not in before]
+    pool = multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,))
+    with pool, file.open("w", encoding="utf-8") as out:
+        out.writelines(line(way, found) for way, found in before.items())  # without one that was cut off
+        coming = pool.imap(compare, missing)
+        for way in chosen:
+            if str(way) in before:
+                yield before[str(way)]
+                continue
+            found = next(coming)
+            out.write(line(str(way), found))
+            out.flush()
+            yield found
 
 
 def main(arguments: list[str]) -> int:
@@ -68,13 +110,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/equivalence"))
     parser.add_argument("--every", type=int, default=1, help="only every N-th case")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--resume", action="store_true", help="take the results that the folder has")
     given = parser.parse_args(arguments)
     matplotlib.use("agg")
     given.folder.mkdir(parents=True, exist_ok=True)
     start, chosen = time.monotonic(), (ways(8) + expert_ways(8)[::3])[:: given.every]
-    with multiprocessing.get_context("spawn").Pool(given.workers, torch.set_num_threads, (1,)) as pool:
-        found = pool.imap(compare, chosen)
-        results = list(zip(chosen, track(found, "ways", len(chosen), disable=not sys.stderr.isatty()), strict=True))
+    file = given.folder / "results.jsonl"
+    if not given.resume:
+        file.unlink(missing_ok=True)
+    found = compared(chosen, file, given.workers)
+    results = list(zip(chosen, track(found, "ways", len(chosen), disable=not sys.stderr.isatty()), strict=True))
     (given.folder / "equivalence.md").write_text(markdown(results), encoding="utf-8")
     heat_map(results, given.folder / "equivalence.png")
     wrong = [way for way, found in results if not found.traffic]
