@@ -33,6 +33,7 @@ class Tokenize:
     workers: int = option(1, "processes", at_least=1)
     key: str = option("text", "where a line of .jsonl, or a Parquet file, has its text; several: a,b")
     split_sentences: bool = option(False, "each sentence is a sequence of its document")
+    splitter: str = option("punctuation", "of --split-sentences: punctuation, or nltk's punkt, punkt:german, …")
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ def doctor(words: Sequence[str], table: toml.Table, json: bool) -> None:
 
 
 def tokenize(words: Sequence[str], table: toml.Table, json: bool) -> None:
-    """FILE ...: text, .jsonl and .parquet files to tokens, in Megatron's .bin and .idx"""
+    """FILE ...|MODULE:FUNCTION: text, .jsonl, .parquet files, or a data set in Python, to tokens in Megatron's .bin and .idx"""
     options = toml.update(Tokenize(), table, "command line")
     if not words:
         raise ConfigError("command line: expected FILE ..., got nothing")
     from fmegatron.data import commands
     commands.tokenize_files(words, options.output, options.tokenizer, options.vocab_size, options.append_eod,
-                            options.workers, options.key.split(","), options.split_sentences)
+                            options.workers, options.key.split(","), options.split_sentences, options.splitter)
 
 
 def data(words: Sequence[str], table: toml.Table, json: bool) -> None:

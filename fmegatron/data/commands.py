@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fmegatron.config import imported
 from fmegatron.data import inspect as look
 from fmegatron.data import mds, tokenizers, verify
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter
 from fmegatron.data.prepare import Counts, tokenize
 from fmegatron.data.prepare import Progress as Told
-from fmegatron.data.text import documents
+from fmegatron.data.text import Source, documents
 
 
 def tokenize_files(
@@ -27,16 +28,32 @@ def tokenize_files(
     workers: int,
     keys: Sequence[str],
     split_sentences: bool,
+    splitter: str,
 ) -> None:
-    """Tokenize, learning a tokenizer of `vocab_size` first where none is named, and say what came out."""
+    """Tokenize, learning a tokenizer of `vocab_size` first where none is named, and say what came out.
+
+    A module:function in place of files returns documents: dicts, as of a Hugging Face data set.
+    """
     if tokenizer is None:
-        texts = (text for key in keys for _, text in documents(files, key))
+        texts = (text for key in keys for _, text in documents(sources(files), key))
         tokenizer = f"{output}.tokenizer.json"
         Path(tokenizer).parent.mkdir(parents=True, exist_ok=True)
         tokenizers.train_bpe(texts, vocab_size).save(tokenizer)
     with bar() as told:
-        counts = tokenize(files, output, tokenizer, append_eod, workers, told, keys, split_sentences=split_sentences)
+        counts = tokenize(sources(files), output, tokenizer, append_eod, workers, told, keys,
+                          split_sentences=split_sentences, splitter=splitter)  # fmt: skip
     print(f"{output}.bin: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes of text")
+
+
+def sources(files: Sequence[str]) -> Iterable[Source]:
+    """The files themselves, or what a module:function returns, called anew each time."""
+    called = [file for file in files if ":" in file and "/" not in file and not Path(file).exists()]
+    if not called:
+        return list(files)
+    if len(files) > 1:
+        raise ValueError(f"{called[0]} returns all the documents: name it alone, or files only")
+    found: Iterable[Source] = imported(called[0])()
+    return found
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     PREFIX.parts/plan.json        what the job is: another job's parts are thrown away
     PREFIX.parts/00003.0.bin/.idx the fourth part of the first output
-    PREFIX.parts/00003.json       what had been read when it was complete; written last
+    PREFIX.parts/00003.json       what had been read when it was complete, and a hash of it; written last
 
 One process at a time works on a prefix; it holds a lock that the system takes back when it dies.
 """
@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fmegatron.data.indexed import IndexedWriter
-from fmegatron.data.text import Record, Source
+from fmegatron.data.text import Record
+
+Files = Sequence[str | Path]
 
 
 class Spent(NamedTuple):
@@ -47,12 +49,13 @@ class Parts:
     lock: IO[str]
     finished: int = 0
     spent: Spent = Spent()
+    read: int = 0  # the digest of the documents in `spent`
 
     @classmethod
-    def open(cls, output: str | Path, outputs: Sequence[str], sources: list[Source] | None, job: Any, part_bytes: int) -> Self:
+    def open(cls, output: str | Path, outputs: Sequence[str], files: Files | None, job: Any, part_bytes: int) -> Self:
         """The parts of the job that writes `outputs`, with what an earlier process has finished of the same job.
 
-        `sources` are compared by name, size and time; None, or documents that are not files, can only be read once more.
+        `files` are compared by name, size and time; empty: documents that are not files; None: they can only be read once.
         """
         folder = Path(f"{output}.parts")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ class Parts:
             lock.close()
             raise ValueError(f"{output}: another process is writing it ({folder} is locked)") from None
         parts = cls(folder, outputs, part_bytes, lock)
-        plan, path = _plan(sources, job, part_bytes), folder / "plan.json"
+        plan, path = _plan(files, job, part_bytes), folder / "plan.json"
         if plan is not None and path.is_file() and path.read_text() == plan:
             parts._resume()
         else:
@@ -83,17 +86,21 @@ class Parts:
         self.lock.close()
 
     def rest(self, found: Iterable[Record]) -> Iterator[Record]:
-        """The records that no finished part holds."""
-        return islice(iter(found), self.spent.documents, None)
+        """The records that no finished part holds. Raises ValueError where those before them are not what was read then."""
+        rest = iter(found)
+        if self.spent.documents and digest(islice(rest, self.spent.documents)) != self.read:
+            raise ValueError(f"the first {self.spent.documents} documents are not those that {self.folder} was made of: "
+                             "remove that folder and start again")  # fmt: skip
+        return rest
 
     def next(self) -> list[str]:
         """The prefixes of the part that is written next."""
         return self._prefixes(self.finished)
 
-    def finish(self, spent: Spent) -> None:
-        """The part is complete: `spent` counts from the beginning of the job."""
-        _save(self.folder / f"{self.finished:05}.json", json.dumps(spent._asdict()))
-        self.finished, self.spent = self.finished + 1, spent
+    def finish(self, spent: Spent, read: int) -> None:
+        """The part is complete: `spent`, and the digest `read`, are of all documents from the beginning of the job."""
+        self.finished, self.spent, self.read = self.finished + 1, spent, read % 2**64
+        _save(self.folder / f"{self.finished - 1:05}.json", json.dumps({**spent._asdict(), "read": self.read}))
 
     def join(self, dtype: npt.DTypeLike) -> None:
         """All parts become the outputs. A single one is only renamed."""
@@ -114,15 +121,21 @@ class Parts:
 
     def _resume(self) -> None:
         while (path := self.folder / f"{self.finished:05}.json").is_file():
-            self.spent = Spent(**json.loads(path.read_text()))
-            self.finished += 1
+            facts = json.loads(path.read_text())
+            self.finished, self.read = self.finished + 1, facts.pop("read")
+            self.spent = Spent(**facts)
 
 
-def _plan(sources: list[Source] | None, job: Any, part_bytes: int) -> str | None:
-    if sources is None or not all(isinstance(source, str | Path) for source in sources):
-        return None
-    paths = [Path(source) for source in sources if isinstance(source, str | Path)]
-    if not all(path.is_file() for path in paths):
+def digest(found: Iterable[Record]) -> int:
+    """A hash of documents in which their order does not count: the digests of two runs of them add up (modulo 2^64)."""
+    texts = (record.found if isinstance(record.found, bytes) else repr(sorted(record.found.items())).encode(errors="replace")
+             for record in found)  # fmt: skip
+    return sum(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts) % 2**64
+
+
+def _plan(files: Files | None, job: Any, part_bytes: int) -> str | None:
+    paths = [Path(file) for file in files or []]
+    if files is None or not all(path.is_file() for path in paths):
         return None  # reading it will say so
     stats = [(str(path), path.stat()) for path in paths]
     facts = {

@@ -16,16 +16,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fmegatron.data import sentences as sentence
 from fmegatron.data.indexed import IndexedWriter, token_dtype
-from fmegatron.data.parts import Parts, Spent
-from fmegatron.data.sentences import sentences
+from fmegatron.data.parts import Parts, Spent, digest
 from fmegatron.data.text import Document, Record, Source, records, texts_of
 from fmegatron.data.tokenizers import Tokenizer, load
 
@@ -43,7 +43,7 @@ class How(NamedTuple):
     tokenizer: Tokenizer
     append_eod: bool
     keys: tuple[str, ...]
-    split_sentences: bool
+    splitter: str | None  # None: a document is one sequence
 
 
 def tokenize(
@@ -56,22 +56,37 @@ def tokenize(
     key: str | Sequence[str] = "text",
     *,
     split_sentences: bool = False,
+    splitter: str = "punctuation",
     part_bytes: int = PART_BYTES,
 ) -> Counts:
     """Tokenize files, or dicts, into `output.bin` and `output.idx`, in their order whatever `workers` is.
 
     `append_eod` ends each document with the tokenizer's end-of-document id. An empty document has no sequences, as in
-    Megatron's tool; with `split_sentences` each sentence is a sequence. Several keys make a pair of files each,
-    `output_KEY_document` or `output_KEY_sentence`. Files that were read before an interruption are not read again; an error
-    leaves an earlier output as it was.
+    Megatron's tool; with `split_sentences` each sentence is a sequence, cut by `splitter` (see `sentences.splitter`). Several
+    keys make a pair of files each, `output_KEY_document` or `output_KEY_sentence`. Dicts may be any iterable, a streaming
+    Hugging Face data set for one. What was tokenized before an interruption is not tokenized again; an error leaves an
+    earlier output as it was.
     """
+    if splitter != "punctuation" and not split_sentences:
+        raise ValueError(f"splitter {splitter}: nothing to cut without split_sentences (--split-sentences)")
+    sentence.splitter(splitter)  # what is missing is said before anything is read
     how = How(load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer,
-              append_eod, (key,) if isinstance(key, str) else tuple(key), split_sentences)  # fmt: skip
+              append_eod, (key,) if isinstance(key, str) else tuple(key), splitter if split_sentences else None)  # fmt: skip
     if not how.keys or len(set(how.keys)) < len(how.keys):
         raise ValueError(f"keys {', '.join(how.keys) or 'none'}: name each key once")
-    sources = list(files)
-    with Parts.open(output, outputs(output, how), sources, how, part_bytes) as parts:
+    sources, paths = _paths(files)
+    with Parts.open(output, outputs(output, how), paths, how, part_bytes) as parts:
         return _write(records(sources, how.keys), parts, how, workers, progress)
+
+
+def _paths(files: Iterable[Source]) -> tuple[Iterable[Source], list[str | Path]]:
+    """(all sources, those that are files: all or none). Documents stay where they are, more of them than memory holds."""
+    rest = iter(files)
+    first = list(islice(rest, 1))
+    if not first or not isinstance(first[0], str | Path):
+        return chain(first, rest), []
+    found = [*first, *rest]
+    return found, [path for path in found if isinstance(path, str | Path)]
 
 
 def write_documents(
@@ -83,7 +98,7 @@ def write_documents(
     progress: Progress | None = None,
 ) -> Counts:
     """Like `tokenize`, for documents from anywhere, in one go."""
-    how = How(tokenizer, append_eod, ("text",), False)
+    how = How(tokenizer, append_eod, ("text",), None)
     found = (Record(source, {"text": text}) for source, text in texts)
     with Parts.open(output, [str(output)], None, how, PART_BYTES) as parts:
         return _write(found, parts, how, workers, progress)
@@ -91,7 +106,7 @@ def write_documents(
 
 def outputs(prefix: str | Path, how: How) -> list[str]:
     """The prefixes that are written: one a key, named as Megatron's tool names them where there are several."""
-    level = "sentence" if how.split_sentences else "document"
+    level = "sentence" if how.splitter else "document"
     return [str(prefix)] if len(how.keys) == 1 else [f"{prefix}_{key}_{level}" for key in how.keys]
 
 
@@ -99,7 +114,7 @@ def _write(found: Iterator[Record], parts: Parts, how: How, workers: int, progre
     if workers < 1:
         raise ValueError(f"workers {workers}: at least 1")
     encoded = _encoded(_chunks(parts.rest(found)), how, workers)
-    counts, dtype = parts.spent, token_dtype(how.tokenizer.vocab_size)
+    counts, read, dtype = parts.spent, parts.read, token_dtype(how.tokenizer.vocab_size)
     for first in encoded:
         start = counts.bytes
         with ExitStack() as stack:
@@ -109,11 +124,12 @@ def _write(found: Iterator[Record], parts: Parts, how: How, workers: int, progre
                     writer.add_many(*key)
                 tokens = sum(len(key.tokens) for key in chunk.keys)
                 counts = Counts(counts.documents + chunk.documents, counts.tokens + tokens, counts.bytes + chunk.bytes)
+                read += chunk.digest
                 if progress:
                     progress(counts)
                 if counts.bytes - start >= parts.part_bytes:
                     break
-        parts.finish(counts)
+        parts.finish(counts, read)
     parts.join(dtype)
     return counts
 
@@ -132,6 +148,7 @@ class Encoded(NamedTuple):
     keys: list[Key]
     documents: int
     bytes: int
+    digest: int
 
 
 def _encoded(chunks: Iterator[list[Record]], how: How, workers: int) -> Iterator[Encoded]:
@@ -160,11 +177,11 @@ def _encoded(chunks: Iterator[list[Record]], how: How, workers: int) -> Iterator
 def _encode(how: How, chunk: list[Record]) -> Encoded:
     texts = [texts_of(record, how.keys) for record in chunk]
     keys = [_encode_key(how, [text[i] for text in texts], chunk) for i in range(len(how.keys))]
-    return Encoded(keys, len(chunk), sum(len(text.encode()) for row in texts for text in row))
+    return Encoded(keys, len(chunk), sum(len(text.encode()) for row in texts for text in row), digest(chunk))
 
 
 def _encode_key(how: How, texts: list[str], chunk: list[Record]) -> Key:
-    pieces = [sentences(text) if how.split_sentences else [text] for text in texts]
+    pieces = [sentence.splitter(how.splitter)(text) if how.splitter else [text] for text in texts]
     ids = iter(_ids(how.tokenizer, [piece for document in pieces for piece in document], pieces, chunk))
     end = [how.tokenizer.eod] if how.append_eod else []
     found: list[list[int]] = []

@@ -3,8 +3,8 @@
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …], "tools": […]}
     {"prompt": …, "completion": …}        two texts, the end of a document after them; or two lists of messages
 
-A file of such lines, or any sequence of such mappings (a Hugging Face data set), is tokenized once and kept on disk as
-two pairs of `.bin/.idx`: tokens, and bits that say which of them are learned.
+A file of such lines, or any sequence or stream of such mappings (a Hugging Face data set), is tokenized once and kept on
+disk as two pairs of `.bin/.idx`: tokens, and bits that say which of them are learned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ from fmegatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from fmegatron.data.pack import Ints, Packed, PackIndex, Piece, Sizes, Steps, cached, first_fit, one_each, stepped
 
 Example = Mapping[str, Any]
-Source = str | Path | Sequence[Example]
+Source = str | Path | Sequence[Example] | Iterable[Example]
 Long = Literal["error", "truncate", "drop"]
 Spelled = tuple[str, list[Span], bool]  # text, what is learned of it, whether the end of a document follows
 
@@ -141,9 +141,13 @@ def tokenize_conversations(source: Source, cache: str | Path, codec: tokenizers.
 
 
 def examples(source: Source) -> Iterator[tuple[str, Example]]:
-    """(where it stands, the example) of each line of a JSONL file, or of each item of a sequence."""
+    """(where it stands, the example) of each line of a JSONL file, or of each item of a sequence, or of a stream."""
     if not isinstance(source, str | Path):
-        yield from ((f"example {i}", source[i]) for i in range(len(source)))
+        if isinstance(source, Iterator):
+            raise ValueError("conversations are read twice, an iterator can be read once: give a list or a data set")
+        sized: Any = source if hasattr(source, "__len__") else None  # lengths and numbers are enough, iter() is not asked for
+        items = source if sized is None else (sized[i] for i in range(len(sized)))
+        yield from ((f"example {i}", example) for i, example in enumerate(items))
         return
     if not Path(source).is_file():
         raise ValueError(f"{source} is not a file of conversations, one JSON object a line")

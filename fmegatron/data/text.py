@@ -56,7 +56,7 @@ def records(sources: Iterable[Source], keys: Sequence[str]) -> Iterator[Record]:
     """What `texts_of` makes text of, cheaply; `keys` are the columns to read of Parquet files."""
     for number, source in enumerate(sources, 1):
         if isinstance(source, Mapping):
-            yield Record(f"document {number}", source)
+            yield Record(f"document {number}", {key: source[key] for key in keys if key in source})
             continue
         path = Path(source)
         if not path.is_file():
