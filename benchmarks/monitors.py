@@ -44,23 +44,21 @@ BATCH, SEQ, CYCLE = 4, 128, 10
 
 
 def contestants(folder: Path, compile: bool) -> dict[str, Callable[..., None]]:
-    """{name: one step}, each with a state of its own; of those that measure run(True) is one that intervals fall on."""
+    """{name: one step}, all of one state in turn, so that none has better memory; of those that measure run(True) is one that
+    intervals fall on."""
     model, tx = models.preset("llama3:debug", **SIZES), optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-4))
     step = make_step(model, tx, SINGLE, compile=compile, donate=True)
     tokens = torch.randint(0, 4096, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": torch.ones(BATCH, SEQ)}
 
-    def bare() -> Callable[..., None]:
-        held = [init(model, tx, SINGLE)]
+    held = [init(model, tx, SINGLE)]
 
-        def run(due: bool = False) -> None:
-            held[0], numbers = step(held[0], batch)
-            float(numbers["loss"])
-
-        return run
+    def bare(due: bool = False) -> None:
+        held[0], numbers = step(held[0], batch)
+        float(numbers["loss"])
 
     def monitored(name: str, monitors: Monitors) -> Callable[..., None]:
-        held, number = [init(model, tx, SINGLE)], [0]
+        number = [0]
         meter, writer = Meter(monitors, step, "cpu"), JsonLines(folder / f"{name}.jsonl")
         settings = {"seq": SEQ, "flops": 1e9, "numbers": numbers_of(RunConfig()), "precision": "fp32"}
         book = Book([writer], SINGLE.mesh, **settings)
@@ -76,7 +74,7 @@ def contestants(folder: Path, compile: bool) -> dict[str, Callable[..., None]]:
     quiet = {kind: 0 for kind in KINDS}
     alone = {kind: Monitors(**{**quiet, kind: 1}) for kind in KINDS}
     every = {"default": Monitors(), "records": Monitors(**quiet), **alone}
-    return {"bare": bare(), **{name: monitored(name, monitors) for name, monitors in every.items()}}
+    return {"bare": bare, **{name: monitored(name, monitors) for name, monitors in every.items()}}
 
 
 Times = dict[str, tuple[list[float], list[float]]]  # by name: wall and CPU seconds, round by round

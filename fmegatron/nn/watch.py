@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fmegatron.sharding import Sharding
 
+KINDS = frozenset({"activations", "attention", "routes"})  # what blocks look for; other kinds make no other block of them
+
 
 def activation(sh: Sharding, name: str, x: Tensor, names: str) -> None:
     """Tap the statistics of an activation, [.., features] with dims `names`."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fmegatron import random, tree
 from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
+from fmegatron.nn import watch as watching
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.optim.fuse import keep
 from fmegatron.sharding import Sharding, spmd
@@ -171,7 +172,7 @@ def value_and_grad(
     params: local shards at storage. batch: this rank's rows, cut into the plan's microbatches. Every term is divided by its
     global count before the first microbatch, in the seed of the backward, and never again. scale: of the loss on the way.
     """
-    model = plan.model
+    model, sh = plan.model, sh.watching(sh.watch & watching.KINDS)
     parts = microbatches_of(model, sh, batch, plan.microbatches, even=plan.placed is None)
     local = [model.counts_of(sh, part) for part in parts]
     counts = sum_together(sh, {term: torch.stack([one[term] for one in local]).sum(0) for term in local[0]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -199,6 +201,20 @@ def ops(watching, **settings):
     with Ops() as seen:
         step(state, batch, watch=watching)
     return seen.names
+
+
+def test_blocks_know_only_of_statistics_of_their_own():
+    """A compiled block is one graph a set of kinds: norms each tenth step are none of its business."""
+    net, seen = model(), set()
+
+    def spied(fn):
+        return lambda sh, *rest: (seen.add(sh.watch), fn(sh, *rest))[1]
+
+    net = replace(net, chain=tuple(replace(node, fn=spied(node.fn)) for node in net.chain))
+    step, state = make_step(net, TX, SINGLE), init(net, TX, SINGLE, key=0)
+    for kinds in (frozenset(), frozenset({"norms", "optimizer", "parameters"}), frozenset({"norms", "attention"})):
+        state, _ = step(state, next(iter(batches(1))), watch=kinds)
+    assert seen == {frozenset(), frozenset({"attention"})}
 
 
 @pytest.mark.parametrize("settings", [{}, {"remat": "full", "microbatches": 2}], ids=str)
