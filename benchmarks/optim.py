@@ -3,8 +3,9 @@
     python benchmarks/optim.py [--elements 4000000] [--rounds 15] [--seconds 60] [--to benchmarks/RESULTS.md]
 
 A step's bytes are what it must read and write at least: the gradient once, parameter and each slot twice, fp32. Each round runs
-copy, torch's AdamW(fused=True), and each of ours once (compiled and donating), in turn. Compiling is what takes long: ours
-that are not compiled after --seconds are left out, in a line.
+copy, torch's AdamW(fused=True), each of ours (compiled and donating), and beside it its peer in torch.optim, fused where it
+can be, once, in turn. Compiling is what takes long: ours that are not compiled after --seconds are left out, in a line. Muon
+is not among the default ones: its products take seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,11 +26,17 @@ from report import machine, ratio, table  # noqa: E402
 
 from fmegatron import optim, tree  # noqa: E402
 
-OURS = ("adamw", "sgd", "lion", "qhadamw", "adopt", "aggmo_adopt", "adafactor")
+OURS = ("adamw", "adam", "sgd", "lion", "qhadamw", "adopt", "aggmo_adopt", "adafactor")
+PEERS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "fused": True}, "adam": {"fused": True}, "adamw": {"fused": True},
+                                    "adafactor": {}, "muon": {}}  # and what torch.optim's is given
+OWN = {"aggmo_adopt": {"betas": (0.9, 0.99, 0.95), "vs": (0.5, 0.3)}, "sgd": {"momentum": 0.9}, "muon": {"dtype": torch.bfloat16}}
 COLUMNS = 512
 
 
-def contestants(elements: int, names: Sequence[str] = OURS) -> dict[str, tuple[Callable[[], object], int]]:
+Contestant = tuple[Callable[[], object], int]
+
+
+def contestants(elements: int, names: Sequence[str] = OURS) -> dict[str, Contestant]:
     """{name: (one step, its bytes)}; each holds memory of its own."""
     shape = (max(elements // COLUMNS // 4, 1), COLUMNS)
 
@@ -37,21 +45,33 @@ def contestants(elements: int, names: Sequence[str] = OURS) -> dict[str, tuple[C
 
     size = 4 * 4 * shape[0] * shape[1]
     source, target = torch.randn(size // 4), torch.empty(size // 4)
-    weights = [torch.nn.Parameter(x) for x in draw().values()]
-    for w in weights:
-        w.grad = torch.randn_like(w)
-    theirs = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1, fused=True)
-    found: dict[str, tuple[Callable[[], object], int]] = {
-        "copy": (lambda: target.copy_(source), 2 * size), "torch fused AdamW": (theirs.step, 7 * size)}
+    found = {"copy": (lambda: target.copy_(source), 2 * size), "torch AdamW": theirs("adamw", draw)}
     for name in names:
         found[name] = ours(name, draw)
+        if name in PEERS and name != "adamw":
+            found[peer(name)] = theirs(name, draw)
     return found
 
 
-def ours(name: str, draw: Callable[[], dict[str, torch.Tensor]]) -> tuple[Callable[[], object], int]:
+def peer(name: str) -> str:
+    """What torch's optimizer is called here."""
+    return "torch " + {"sgd": "SGD", "adamw": "AdamW"}.get(name, name.capitalize())
+
+
+def theirs(name: str, draw: Callable[[], dict[str, torch.Tensor]]) -> Contestant:
+    """torch.optim's step, and its bytes."""
+    weights = [torch.nn.Parameter(x) for x in draw().values()]
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    made = getattr(torch.optim, peer(name).split()[1])(weights, lr=1e-3, **PEERS[name])
+    made.step()
+    slots = [x for state in made.state.values() for x in state.values() if x.dim()]
+    return made.step, 3 * _bytes(weights) + 2 * _bytes(slots)
+
+
+def ours(name: str, draw: Callable[[], dict[str, torch.Tensor]]) -> Contestant:
     """A compiled, donating step, and its bytes."""
-    more = {"betas": (0.9, 0.99, 0.95), "vs": (0.5, 0.3)} if name == "aggmo_adopt" else {}
-    tx = getattr(optim, name)(1e-3, **more)
+    tx = getattr(optim, name)(1e-3, **OWN.get(name, {}))
     step = optim.fuse(tx)
     params, grads = draw(), draw()
     held = [params, tx.init(params)]
@@ -63,9 +83,7 @@ def ours(name: str, draw: Callable[[], dict[str, torch.Tensor]]) -> tuple[Callab
     return run, moved
 
 
-def compiled(
-    runs: dict[str, tuple[Callable[[], object], int]], limit: float
-) -> dict[str, tuple[Callable[[], object], int]]:
+def compiled(runs: dict[str, Contestant], limit: float) -> dict[str, Contestant]:
     """Those whose first step was begun within so many seconds, each run once."""
     begin, found = time.perf_counter(), {}
     for name, run in runs.items():
@@ -84,7 +102,7 @@ def _bytes(values: object) -> int:
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]:
-    """Race, print, and add the tables to a file; {name: ratio of seconds to torch's fused AdamW}."""
+    """Race, print, and add the tables to a file; {name: ratio of seconds to its peer in torch.optim, or to torch's AdamW where it has none}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=4_000_000)
     parser.add_argument("--rounds", type=int, default=15)
@@ -104,12 +122,15 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]
             if i >= 2:
                 seconds[name].append(time.perf_counter() - begin)
     rate = {name: [runs[name][1] / s for s in found] for name, found in seconds.items()}
-    against = {name: ratio(seconds[name], seconds["torch fused AdamW"]) for name in names}
+    peers = {name: peer(name) if peer(name) in runs else "torch AdamW" for name in names}
+    against = {name: ratio(seconds[name], seconds[peers[name]]) for name in names}
     body = []
     for name in names[1:]:
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*pair) for pair in (against[name], ratio(rate[name], rate["copy"]))]
-        body.append([name, *cells, f"{np.median(seconds[name]) * 1e3:.1f}", f"{np.median(rate[name]) / 1e9:.1f}"])
-    head = ["optimizer", "time / torch fused AdamW", "bytes a second / copy", "ms", "GB/s"]
+        cells = [against[name], ratio(seconds[name], seconds["torch AdamW"]), ratio(rate[name], rate["copy"])]
+        said = ["{:.2f} [{:.2f}, {:.2f}]".format(*cell) for cell in cells]
+        said[0] = said[0] if name in PEERS else ""
+        body.append([name, *said, f"{np.median(seconds[name]) * 1e3:.1f}", f"{np.median(rate[name]) / 1e9:.1f}"])
+    head = ["optimizer", "time / its peer", "time / torch AdamW", "bytes a second / copy", "ms", "GB/s"]
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     given = f"--elements {args.elements} --rounds {args.rounds} --only {args.only}"
     lines = [f"## {now}  `python benchmarks/optim.py {given}`", "", machine(), "",

@@ -21,7 +21,7 @@ from fmegatron.nn.param import Matrix
 from fmegatron.optim.adam import Moving
 from fmegatron.optim.base import LOCAL, Over, Transform, Tree, chain
 from fmegatron.optim.decay import Mask, add_decayed_weights
-from fmegatron.optim.elementwise import zero
+from fmegatron.optim.elementwise import plain, zero
 from fmegatron.optim.rate import scale_by_learning_rate
 from fmegatron.optim.schedules import schedule
 
@@ -75,31 +75,49 @@ def scale_by_factored(decay: float, floor: float | None, eps: float, clip_rms: f
         rows_of = {path: inputs(view) for path, view in matrices.items()}
         cols_of = {path: outputs(view, g[path].dim()) for path, view in matrices.items()}
 
-        def mean(values: dict[str, Tensor], dims: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-            return tree.to_paths(over.mean(tree.from_paths(values), dims)) if values else {}
+        def mean(values: dict[str, Tensor], dims: dict[str, tuple[int, ...]], square: bool = True) -> dict[str, Tensor]:
+            return tree.to_paths(over.mean(tree.from_paths(values), dims, square)) if values else {}
 
         def toward(slot: str, new: dict[str, Tensor]) -> dict[str, Tensor]:
             return {path: old + (new[path] - old) * w for path, old in tree.to_paths(state[slot]).items()}
 
-        squares = {path: x * x for path, x in g.items()}
-        rows = toward("rows", mean({path: squares[path] for path in matrices}, cols_of))
-        cols = toward("cols", mean({path: squares[path] for path in matrices}, rows_of))
-        nu = toward("nu", squares)
-        scale = mean(rows, rows_of)
-        moment = nu | {path: rows[path] * cols[path] / scale[path].clamp(min=least[path]) for path in matrices}
-        u = {path: x * moment[path].clamp(min=least[path] ** 2).rsqrt() for path, x in g.items()}
+        rows = toward("rows", mean({path: g[path] for path in matrices}, cols_of))
+        cols = toward("cols", mean({path: g[path] for path in matrices}, rows_of))
+        nu = toward("nu", {path: x * x for path, x in g.items() if path not in matrices})
+        scale = mean(rows, rows_of, square=False)
+
+        def moment(path: str) -> Tensor:
+            return rows[path] / scale[path].clamp(min=least[path]) * cols[path] if path in matrices else nu[path] + 0
+
+        # Each leaf's temporaries lie in one array: on a CPU a new one costs its pages, more than what is done with it.
+        u = {path: by(root(moment(path), least[path] ** 2), x) for path, x in g.items()}
 
         def rms(values: dict[str, Tensor]) -> dict[str, Tensor]:
             every = {path: tuple(range(views_batch(path, views[path]), x.dim())) for path, x in values.items()}
-            return {path: x.sqrt() for path, x in mean({path: x * x for path, x in values.items()}, every).items()}
+            return {path: x.sqrt() for path, x in mean(values, every).items()}
 
         size, length = rms(paths), rms(u)
-        u = {path: x * size[path].clamp(min=eps) / (length[path] / clip_rms).clamp(min=1) for path, x in u.items()}
+        u = {path: by(x, size[path].clamp(min=eps) / (length[path] / clip_rms).clamp(min=1)) for path, x in u.items()}
 
         new = {"rows": tree.from_paths(rows), "cols": tree.from_paths(cols), "nu": tree.from_paths(nu)}
         return tree.map_with_path(lambda path, _: u[path], params), {"count": state["count"] + 1} | new
 
     return Transform(init, update)
+
+
+def alone() -> bool:
+    """Whether a temporary may be written over: nobody differentiates, maps or traces."""
+    return plain() and not torch.is_grad_enabled()
+
+
+def root(x: Tensor, floor: float) -> Tensor:
+    """max(x, floor)^(-1/2), in the memory of x where it may be."""
+    return x.clamp_(min=floor).rsqrt_() if alone() else x.clamp(min=floor).rsqrt()
+
+
+def by(x: Tensor, other: Tensor) -> Tensor:
+    """x times another tensor, in the memory of x where it may be."""
+    return x.mul_(other) if alone() else x * other
 
 
 def inputs(view: Matrix) -> tuple[int, ...]:

@@ -6,12 +6,13 @@
     params = apply_updates(params, updates)
 
 `over` is how a transform sees beyond its own shards: `over.norm(tree)` is the norm of the whole tree, `over.mean(tree, dims)`
-each leaf's mean over some dims, `over.whole(fn, tree, views)` applies fn to whole matrices. Each element counts once, whatever
+each leaf's mean over some dims (or that of its squares), `over.whole(fn, tree, views)` applies fn to whole matrices. Each element counts once, whatever
 holds it twice. `LOCAL` is one device, where the shard is the whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,8 +34,8 @@ class Over(Protocol):
     def norm(self, updates: Tree) -> Tensor:
         """The 2-norm of all elements of a tree, 0-D, at least fp32."""
 
-    def mean(self, updates: Tree, dims: Dims) -> Tree:
-        """Each leaf's mean over its dims `dims[path]`, which stay with size 1; pads do not count."""
+    def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:
+        """Each leaf's mean over its dims `dims[path]`, which stay with size 1; pads do not count. square: of its squares."""
 
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """fn, [n, rows, columns] -> the same, of all leaves' whole matrices `views[path]`; results lie as the leaves lay.
@@ -84,9 +85,13 @@ class Local:
                  for u in tree.leaves(updates)]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def mean(self, updates: Tree, dims: Dims) -> Tree:
-        """Each leaf's mean over its dims."""
-        return tree.map_with_path(lambda path, u: u.mean(dims[path], keepdim=True) if dims[path] else u, updates)
+    def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:
+        """Each leaf's mean over its dims, or that of its squares."""
+
+        def leaf(path: str, u: Tensor) -> Tensor:
+            return summed(u, dims[path], square) / math.prod(u.shape[dim] for dim in dims[path])
+
+        return tree.map_with_path(leaf, updates)
 
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """fn of all leaves' matrices, those of one shape at once."""
@@ -103,6 +108,15 @@ class Local:
     def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
         """The leaf's path, and its elements counted."""
         return path, *rows_and_columns([torch.arange(n, device=leaf.device) for n in leaf.shape], leaf.shape, leaf)
+
+
+def summed(x: Tensor, dims: Sequence[int], square: bool = False) -> Tensor:
+    """The sum over dims, which stay with size 1, or that of squares: over the last dims without an array of these."""
+    if not dims:
+        return x * x if square else x
+    if square and tuple(dims) == tuple(range(x.dim() - len(dims), x.dim())):
+        return torch.linalg.vector_norm(x, dim=tuple(dims), keepdim=True).square()
+    return (x * x if square else x).sum(tuple(dims), keepdim=True)
 
 
 def rows_and_columns(index: Sequence[Tensor], sizes: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +143,9 @@ class Known:
         """The known norm if these are the known updates, by identity."""
         return self.value if updates is self.updates else self.over.norm(updates)
 
-    def mean(self, updates: Tree, dims: Dims) -> Tree:
+    def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:
         """Asks `over`."""
-        return self.over.mean(updates, dims)
+        return self.over.mean(updates, dims, square)
 
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """Asks `over`."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fmegatron import tree
 from fmegatron.nn.param import Matrix
+from fmegatron.optim.base import summed
 from fmegatron.sharding import Placement, Sharding
 from fmegatron.sharding.bucket import run_together
 from fmegatron.sharding.collectives import Psum
@@ -72,14 +73,18 @@ def _exchanged(sh: Sharding, fn: Callable[[Tensor], Tensor], x: Tensor, place: P
     return run(made, sh.rank, plan_relayout(sh.mesh, whole, place))[:n]
 
 
-def mean_over(sh: Sharding, leaves: Mapping[str, Leaf], updates: Tree, dims: Mapping[str, tuple[int, ...]]) -> Tree:
-    """Each leaf's mean over its dims `dims[path]`, pads left out; a dim of size 1 stays. One collective an axis."""
+def mean_over(
+    sh: Sharding, leaves: Mapping[str, Leaf], updates: Tree, dims: Mapping[str, tuple[int, ...]], square: bool = False
+) -> Tree:
+    """Each leaf's mean over its dims `dims[path]`, or that of its squares, pads left out; a dim of size 1 stays. One collective
+    an axis.
+    """
     values, spec = tree.flatten(updates)
     sums, plans = [], []
     for path, x in zip(tree.to_paths(updates), values, strict=True):
         place = leaves[path].optimizer
         count = math.prod(sh.true_size(place.names[dim]) for dim in dims[path])
-        sums.append(x.sum(dims[path], keepdim=True) / count if dims[path] else x)
+        sums.append(summed(x, dims[path], square) / count)
         over = {axis for dim in dims[path] for axis in place.axes[dim]}
         plans.append(tuple(Psum(axis) for axis in sh.mesh.axes if axis.name in over))
     return spec.unflatten(run_together(sums, plans, sh.rank))

@@ -147,9 +147,9 @@ class Over:
             total = total + number
         return over_ranks(self.every or self.sh, total, Psum)
 
-    def mean(self, updates: Tree, dims: Dims) -> Tree:
-        """Each leaf's mean over its dims `dims[path]`, which stay with size 1."""
-        return mean_over(self.sh, self.leaves, updates, dims)
+    def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:
+        """Each leaf's mean over its dims `dims[path]`, which stay with size 1, or that of its squares."""
+        return mean_over(self.sh, self.leaves, updates, dims, square)
 
     def whole(self, fn: Callable[[Tensor], Tensor], updates: Tree, views: Views) -> Tree:
         """fn of all leaves' whole matrices, shared out over the ranks."""

@@ -49,7 +49,7 @@ def test_optimizers_are_raced(tmp_path):
     words = [sys.executable, str(BENCHMARKS / "optim.py"), "--rounds", "3", "--elements", "65536", "--only", "adamw,sgd"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "adamw: first step" in done.stdout and "| torch fused AdamW |" in done.stdout and "| adamw " in done.stdout
+    assert "adamw: first step" in done.stdout and "| torch AdamW |" in done.stdout and "| adamw " in done.stdout
     words[-1], limit = "adamw,lion", ["--seconds", "0"]
     done = subprocess.run([*words, *limit], capture_output=True, text=True, timeout=300)
     assert "lion is left out: 0 s for compiling are over" in done.stdout and done.returncode == 0, done.stderr
