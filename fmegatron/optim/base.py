@@ -6,8 +6,8 @@
     params = apply_updates(params, updates)
 
 `over` is how a transform sees beyond its own shards: `over.norm(tree)` is the norm of the whole tree, `over.mean(tree, dims)`
-each leaf's mean over some dims (or that of its squares), `over.whole(fn, tree, views)` applies fn to whole matrices. Each element counts once, whatever
-holds it twice. `LOCAL` is one device, where the shard is the whole.
+each leaf's mean over some dims (or that of its squares), `over.whole(fn, tree, views)` applies fn to whole matrices. Each
+element counts once, whatever holds it twice. `LOCAL` is one device, where the shard is the whole.
 """
 
 from __future__ import annotations
