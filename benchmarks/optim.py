@@ -102,7 +102,7 @@ def _bytes(values: object) -> int:
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]:
-    """Race, print, and add the tables to a file; {name: ratio of seconds to its peer in torch.optim, or to torch's AdamW where it has none}."""
+    """Race, print, and add the tables to a file; {name: ratio of seconds to its peer in torch.optim, else to torch's AdamW}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=4_000_000)
     parser.add_argument("--rounds", type=int, default=15)
