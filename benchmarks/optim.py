@@ -29,7 +29,8 @@ from fmegatron import optim, tree  # noqa: E402
 OURS = ("adamw", "adam", "sgd", "lion", "qhadamw", "adopt", "aggmo_adopt", "adafactor")
 PEERS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "fused": True}, "adam": {"fused": True}, "adamw": {"fused": True},
                                     "adafactor": {}, "muon": {}}  # and what torch.optim's is given
-OWN = {"aggmo_adopt": {"betas": (0.9, 0.99, 0.95), "vs": (0.5, 0.3)}, "sgd": {"momentum": 0.9}, "muon": {"dtype": torch.bfloat16}}
+OWN: dict[str, dict[str, Any]] = {"aggmo_adopt": {"betas": (0.9, 0.99, 0.95), "vs": (0.5, 0.3)}, "sgd": {"momentum": 0.9},
+                                  "muon": {"dtype": torch.bfloat16}}
 COLUMNS = 512
 
 
