@@ -61,7 +61,9 @@ def check(run: PlanConfig, model: Model) -> None:
         return
     layers = sum(node.is_layer for node in model.chain)
     if layers % stages:
-        raise ConfigError(f"{layers} layers do not divide over mesh.pp = {stages}: use pp = {_divisor(layers, stages)}")
+        ends = ", or count embedding and loss as layers with pipeline.count_embedding and pipeline.count_loss"
+        more = ends if (layers + 2) % stages == 0 else ""
+        raise ConfigError(f"{layers} layers do not divide over mesh.pp = {stages}: use pp = {_divisor(layers, stages)}{more}")
     each = layers // stages
     if stages > 1 and each % p.virtual:
         raise ConfigError(f"{each} layers a stage do not divide into pipeline.virtual = {p.virtual} parts: "

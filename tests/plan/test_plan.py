@@ -67,6 +67,7 @@ def test_presets_are_written_with_dashes_or_underscores(name, found):
 
 @pytest.mark.parametrize("words, said", [
     ("llama3-70b --mesh.pp 7", "80 layers do not divide over mesh.pp = 7: use pp = 5 or 8"),
+    ("llama3-405b --mesh.pp 8", "use pp = 7 or 9, or count embedding and loss as layers with pipeline.count_embedding and"),
     ("llama3-70b --mesh.tp 7 --data.seq 7168", "does not divide over mesh axis 'tp' of 7: use tp=4 or tp=8"),
     ("llama3-70b --mesh.tp 8 --data.seq 8100", "has size 8100, which does not divide over mesh axis 'tp' of 8: use tp=4"),
     ("llama3-70b --mesh.dp 3 --training.global-batch 16", "use 15 or 18"),

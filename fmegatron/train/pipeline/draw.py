@@ -35,6 +35,8 @@ def draw(timelines: Sequence[Timeline], path: str | os.PathLike[str]) -> Path:
         _draw_one(ax, timeline, max(t.span for t in timelines if t.unit == timeline.unit))
     kinds = {bar.action.kind for t in timelines for bar in t.bars}
     handles = [_patch(COLORS[kind][0], MEANING[kind]) for kind in COLORS if kind in kinds]
+    if any(len({bar.action.stage for bar in t.row(0)}) > 1 for t in timelines):
+        handles.append(_patch("#d9d9d9", "lighter: later stages of a rank"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
@@ -68,6 +70,7 @@ def _draw_one(ax: object, timeline: Timeline, span: float) -> None:
     peaks = ", ".join(map(str, timeline.peaks()))
     title = f"{timeline.name}: span {timeline.span:.4g}{timeline.unit}, bubble {timeline.bubble:.1%}, peak activations {peaks}"
     ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel(timeline.unit.strip() or "time, in the unit of --forward", fontsize=7)
 
 
 def _patch(color: str, label: str) -> object:

@@ -9,6 +9,9 @@ from fmegatron.train.pipeline.measure import measure as run
 from fmegatron.train.pipeline.schedules import SCHEDULES, make_schedule
 from fmegatron.train.pipeline.timeline import Durations, Timeline, simulate
 
+LEGEND = """F3 forward of microbatch 3, B backward, I its input gradients, W its weight gradients; later stages of a rank ' '';
+- goes on, . waits; bubble: time lost over time needed; peak activations: (stage, microbatch) pairs that a rank holds at once"""
+
 
 def main(
     *,
@@ -45,7 +48,7 @@ def main(
     if json:
         print("[" + ",\n".join(timeline.json() for timeline in timelines) + "]")
     else:
-        print("\n\n".join(f"{timeline}\n{line}" for timeline, line in zip(timelines, lines, strict=True)))
+        print("\n\n".join(f"{timeline}\n{line}" for timeline, line in zip(timelines, lines, strict=True)), LEGEND, sep="\n\n")
     if picture is not None:
         where = draw(timelines, picture)
         if not json:
