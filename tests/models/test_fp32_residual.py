@@ -25,18 +25,21 @@ def batch():
     return {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": torch.ones(4, 8)}
 
 
+def normed(p, h):
+    return F.rms_norm(h.float(), h.shape[-1:], p["weight"].float(), 1e-5).to(torch.bfloat16)
+
+
 def reference(net, params, tokens, stream=torch.float32):
     """The stream after the table and after each layer; parameters and blocks in bf16."""
     h = params["embed"]["token"][tokens].to(stream)
     out = [h]
-    for p in (tree.map(lambda x: x[i], params["layers"]["0"]) for i in range(3)):
-        def normed(name, h, p=p):
-            return F.rms_norm(h.float(), h.shape[-1:], p[name]["weight"].float(), 1e-5).to(torch.bfloat16)
-
-        q, k, v = (torch.einsum("bse,ehd->bhsd", normed("attn_norm", h), p["attn"][name]) for name in "qkv")
+    for i in range(3):
+        p = tree.map(lambda x, i=i: x[i], params["layers"]["0"])
+        x = normed(p["attn_norm"], h)
+        q, k, v = (torch.einsum("bse,ehd->bhsd", x, p["attn"][name]) for name in "qkv")
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + torch.einsum("bhsd,hde->bse", seen, p["attn"]["o"]).to(stream) * SMALL
-        x = normed("mlp_norm", h)
+        x = normed(p["mlp_norm"], h)
         h = h + ((F.silu(x @ p["mlp"]["gate"]) * (x @ p["mlp"]["up"])) @ p["mlp"]["down"]).to(stream) * SMALL
         out.append(h)
     return out
