@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from report import machine, ratio
 from torch import Tensor
 
-from fmegatron.kernels import activation, adamw, cross_entropy, grad_norm, grouped_matmul, norm, paged, permute, rope
+from fmegatron import optim, tree
+from fmegatron.kernels import activation, cross_entropy, grad_norm, grouped_matmul, norm, paged, permute, rope
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 Run = Callable[[], object]
@@ -42,16 +43,17 @@ class Row:
 
 
 def both_ways(fn: Callable[..., Any], *tensors: Tensor) -> Run:
-    """Forward and backward of fn, gradients of the floating tensors."""
+    """Forward and backward of fn, gradients of the floating tensors. What fails does so when it is called."""
     given = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
     wrt = [x for x in given if x.requires_grad]
-    out = fn(*given)
-    out = out if isinstance(out, tuple) else (out,)
-    seeds = [torch.randn_like(y) for y in out]
+    seeds: list[Tensor] = []
 
     def run() -> None:
         y = fn(*given)
-        torch.autograd.grad(y if isinstance(y, tuple) else (y,), wrt, seeds)
+        out = y if isinstance(y, tuple) else (y,)
+        if not seeds:
+            seeds.extend(torch.randn_like(x) for x in out)
+        torch.autograd.grad(out, wrt, seeds)
 
     return run
 
@@ -131,19 +133,29 @@ def rows(device: str, tiny: bool) -> Iterator[tuple[str, Callable[[], list[Row]]
 
     def optimizer() -> list[Row]:
         shapes = [(d, d), (ff, d), (d,)] * 4
-        lists = [[torch.randn(s, device=device) * 0.02 for s in shapes] for _ in range(4)]
-        leaves = adamw.Leaves(*lists[:3], [x.abs() for x in lists[3]])
-        numbers, decay = torch.tensor([1e-3, 0.1, 0.05, 1.0], device=device), torch.full((len(shapes),), 0.1, device=device)
-        params = [torch.nn.Parameter(p.clone()) for p in lists[0]]
-        for p, g in zip(params, lists[1], strict=True):
+        weights, grads = ({str(i): torch.randn(s, device=device) * 0.02 for i, s in enumerate(shapes)} for _ in range(2))
+        count = sum(p.numel() for p in weights.values())
+
+        def way(tx: optim.Transform, kernels: Any, compile: bool) -> Run:
+            step, params = optim.fuse(tx, kernels), tree.map(torch.clone, weights)
+            state = tx.init(params)
+            return lambda: step(grads, state, params, donate=True, compile=compile)
+
+        def ways(tx: optim.Transform) -> dict[str, Run]:
+            found = {"triton": ("triton", False), "torch": ("reference", False), "compile": ("reference", True)}
+            return {name: way(tx, *how) for name, how in found.items()}
+
+        params = [torch.nn.Parameter(p.clone()) for p in weights.values()]
+        for p, g in zip(params, grads.values(), strict=True):
             p.grad = g
+        tx = optim.adamw(1e-3)
         fused = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1, fused=device == "cuda")
-        count = sum(p.numel() for p in params)
-        steps = {form: lambda form=form: adamw.adamw(leaves, numbers, decay, form=form) for form in ("triton", "reference")}
-        norms = {form: lambda form=form: grad_norm.norm(lists[1], form=form) for form in ("triton", "reference")}
-        return [Row("adamw", {"triton": steps["triton"], "torch": steps["reference"], "torch fused": fused.step}, 28 * count),
+        listed = list(grads.values())
+        norms = {form: lambda form=form: grad_norm.norm(listed, form=form) for form in ("triton", "reference")}
+        return [Row("adamw", {**ways(tx), "torch fused": fused.step}, 28 * count),
+                Row("adamw, moments in bf16", ways(optim.in_formats(tx, "bf16", "bf16")), 20 * count),
                 Row("gradient norm", {"triton": norms["triton"], "torch": norms["reference"],
-                                      "foreach": lambda: torch.nn.utils.get_total_norm(lists[1])}, 4 * count)]
+                                      "foreach": lambda: torch.nn.utils.get_total_norm(listed)}, 4 * count)]
 
     def experts() -> list[Row]:
         groups, top, wide = (2, 2, 16) if tiny else (64, 8, 1024)
@@ -192,8 +204,19 @@ def timed(run: Run, device: str) -> float:
 
 
 def race(row: Row, copy: Run, copied: int, device: str, rounds: int, warm: int = 3) -> list[str]:
-    """The row's cells: ours against the best of the others, and of each contestant its share of the copy, or TFLOP/s."""
-    runs = {**row.runs, "copy": copy}
+    """The row's cells: ours against the best of the others, and of each contestant its share of the copy, or TFLOP/s.
+
+    A contestant that fails is named with its reason, and the others race.
+    """
+    runs, failed = {"copy": copy}, dict[str, str]()
+    for name, run in row.runs.items():
+        try:
+            run()
+            runs[name] = run
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+            if device == "cuda":
+                torch.cuda.empty_cache()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds + warm):
@@ -202,10 +225,16 @@ def race(row: Row, copy: Run, copied: int, device: str, rounds: int, warm: int =
             if i >= warm:
                 seconds[name].append(found)
     middle = {name: float(np.median(found)) for name, found in seconds.items()}
-    best = min((name for name in row.runs if name != "triton"), key=lambda name: middle[name])
-    cells = ["{:.2f} [{:.2f}, {:.2f}] {}".format(*ratio(seconds["triton"], seconds[best]), best)]
+    others = [name for name in runs if name not in ("triton", "copy")]
+    cells = ["not measured"]
+    if "triton" in runs and others:
+        best = min(others, key=lambda name: middle[name])
+        cells = ["{:.2f} [{:.2f}, {:.2f}] {}".format(*ratio(seconds["triton"], seconds[best]), best)]
     rate = copied / middle["copy"]
     for name in row.runs:
+        if name in failed:
+            cells.append(f"{name} failed ({failed[name]})")
+            continue
         share = f"{row.flops / middle[name] / 1e12:.0f} TFLOP/s" if row.flops else f"{row.bytes / middle[name] / rate:.2f}"
         cells.append(f"{name} {share} {middle[name] * 1e3:.3f} ms")
     return [row.name, cells[0], "; ".join(cells[1:])]
@@ -240,7 +269,15 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
     for group, make in rows(device, args.tiny):
         if (args.only and group not in args.only.split(",")) or time.monotonic() - begin > args.seconds:
             continue
-        for row in make():
+        try:
+            made = make()
+        except Exception as error:
+            made = []
+            tell(f"| {group} | not measured | {type(error).__name__}: {' '.join(str(error).split())[:200]} |")
+        for row in made:
+            if time.monotonic() - begin > args.seconds:
+                tell(f"| {row.name} | not measured | no time left |")
+                continue
             copied = 2 * source.numel() * source.element_size()
             cells = race(row, lambda: target.copy_(source), copied, device, *((1, 1) if args.tiny else (args.rounds,)))
             done.append(cells)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmegatron.kernels.launch import Form, Jit, wide
-from fmegatron.kernels.multi import PIECE, table_of
+from fmegatron.kernels.multi import PIECE, leaf_of, table_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -30,10 +30,11 @@ def reference(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @Jit
-def _norms(addresses, sizes, leaves, starts, out, DTYPE: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr):
+def _norms(addresses, sizes, starts, count, out,
+           DTYPE: tl.constexpr, WIDE: tl.constexpr, LEAVES: tl.constexpr, N: tl.constexpr):
     me = tl.program_id(0)
-    leaf = tl.load(leaves + me)
-    at = tl.load(starts + me) + tl.arange(0, N)
+    leaf = leaf_of(starts, count, LEAVES)
+    at = (me - tl.load(starts + leaf)) * N + tl.arange(0, N)
     x = tl.load(addresses + leaf).to(tl.pointer_type(DTYPE))
     v = tl.load(x + at, mask=at < tl.load(sizes + leaf), other=0.0).to(WIDE)
     peak = tl.max(tl.abs(v), 0)  # squares of what is far from one would not fit
@@ -47,8 +48,8 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     table = table_of([tensors])
     out = tensors[0].new_empty(table.programs, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
     _norms[(table.programs,)](
-        table.addresses, table.sizes, table.leaf, table.start, out,
-        DTYPE=language(tensors[0].dtype), WIDE=wide(tensors[0]), N=PIECE)
+        table.addresses, table.sizes, table.first, table.leaves, out,
+        DTYPE=language(tensors[0].dtype), WIDE=wide(tensors[0]), LEAVES=table.wide, N=PIECE)
     return out
 
 

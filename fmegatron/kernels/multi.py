@@ -4,49 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from fmegatron.kernels.launch import Jit, power
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 PIECE = 4096  # elements of a program
 
 
 @dataclass(frozen=True)
 class Table:
-    """addresses [roles, leaves] int64; sizes [leaves] int64; leaf, start [programs] int64: the piece of each program."""
+    """addresses [roles, leaves], sizes [leaves], first [leaves] (the first program of each): int64. programs: of all."""
 
     addresses: Tensor
     sizes: Tensor
-    leaf: Tensor
-    start: Tensor
+    first: Tensor
+    programs: int
 
     @property
-    def programs(self) -> int:
-        """How many programs cover all elements."""
-        return len(self.leaf)
+    def leaves(self) -> int:
+        """How many tensors a role has."""
+        return len(self.sizes)
+
+    @property
+    def wide(self) -> int:
+        """The power of two in which the leaves are searched."""
+        return power(self.leaves)
 
 
 def table_of(roles: Sequence[Sequence[Tensor]], piece: int = PIECE) -> Table:
-    """The table of lists of tensors, one list a role; tensors of one leaf have one shape, those of a role one dtype.
+    """The table of lists of tensors, one list a role, one tensor a leaf; programs cover the first role's elements.
 
-    The tensors must stay alive until the kernel has run. Raises ValueError where one is not contiguous, or differs.
+    The tensors must stay alive until the kernel has run. Raises ValueError where one is not contiguous, or of another dtype.
     """
-    first = roles[0]
     for role in roles:
-        for x, like in zip(role, first, strict=True):
-            if x.shape != like.shape or x.dtype != role[0].dtype or not x.is_contiguous():
-                raise ValueError(f"a tensor {tuple(x.shape)} of {x.dtype} beside {tuple(like.shape)} of {role[0].dtype}: "
-                                 "one launch takes contiguous tensors, of one dtype a role and one shape a leaf")
-    leaf: list[int] = []
-    start: list[int] = []
-    for i, x in enumerate(first):
-        starts = range(0, x.numel(), piece)
-        leaf += [i] * len(starts)
-        start += starts
-    rows = [[x.data_ptr() for x in role] for role in roles]
-    device = first[0].device
+        for x in role:
+            if x.dtype != role[0].dtype or not x.is_contiguous():
+                raise ValueError(f"a tensor of {x.dtype} beside {role[0].dtype}, strides {x.stride()}: "
+                                 "one launch takes contiguous tensors, of one dtype a role")
+    sizes = [x.numel() for x in roles[0]]
+    ends = list(accumulate(-(-n // piece) for n in sizes))
+    n, device = len(sizes), roles[0][0].device
+    words = integers([*(x.data_ptr() for role in roles for x in role), *sizes, 0, *ends[:-1]], device)
+    return Table(words[: -2 * n].view(len(roles), n), words[-2 * n : -n], words[-n:], ends[-1])
 
-    def put(numbers: object) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
-    return Table(put(rows), put([x.numel() for x in first]), put(leaf), put(start))
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on a device, written by launches that carry them: a copy from the host would wait, and a CUDA graph refuses it."""
+    out = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(out.unbind()), list(values))
+    return out
+
+
+@Jit
+def leaf_of(first, count, LEAVES: tl.constexpr):
+    """The leaf whose piece this program takes: the last that begins at or before it."""
+    i = tl.arange(0, LEAVES)
+    begun = (i < count) & (tl.load(first + i, mask=i < count, other=0) <= tl.program_id(0))
+    return tl.sum(begun.to(tl.int32), 0) - 1

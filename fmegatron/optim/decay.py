@@ -37,4 +37,4 @@ def add_decayed_weights(weight_decay: float | Tensor | Schedule, mask: Mask = No
     def leaf(u: Any, p: Any, slots: Slots, s: dict[str, Any]) -> tuple[Any, Slots]:
         return u + p * s["each"] * s["decay"], {}
 
-    return elementwise(Elementwise(leaf, numbers=lambda count: {"decay": rate(count)}, each=each))
+    return elementwise(Elementwise(leaf, numbers=lambda count: {"decay": rate(count)}, each=each, known=("decay",)))

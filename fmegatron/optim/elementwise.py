@@ -34,7 +34,8 @@ ROUNDING = 0x726F756E64  # the seed of stochastic rounding
 class Elementwise:
     """A formula on leaves, the names of its slots, its numbers by the count of updates before, its number by leaf.
 
-    stored: the formats of slots that do not lie in memory as they are computed with, see formats.py.
+    stored: the formats of slots that do not lie in memory as they are computed with, see formats.py. known: what it is to a
+    kernel that is written for it, see multi_tensor.py.
     """
 
     leaf: Callable[[Any, Any, Slots, dict[str, Any]], tuple[Any, Slots]]
@@ -42,6 +43,7 @@ class Elementwise:
     numbers: Callable[[Tensor], dict[str, Tensor]] | None = None
     each: Callable[[Tree], list[float]] | None = None
     stored: tuple[tuple[str, Format], ...] = ()
+    known: tuple[Any, ...] = ()
 
     @property
     def counts(self) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmegatron.kernels.adamw import Kind
 from fmegatron.tree import Tree
 
 BLOCK = 32  # neighbours with one exponent
@@ -37,6 +38,7 @@ class Format:
     load: Callable[..., Tensor]
     store: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     draws: bool = True  # whether it looks at the bits
+    kind: Kind = "same"  # its name in kernels/adamw.py
 
     def names(self, slot: str) -> list[str]:
         """The arrays of a slot."""
@@ -75,7 +77,7 @@ def bf16() -> Format:
     def store(x: Tensor, bits: Tensor) -> tuple[Tensor, ...]:
         return (round_stochastically(x.float(), bits, 7).to(torch.bfloat16),)
 
-    return Format(("",), (lambda p: torch.zeros_like(p, dtype=torch.bfloat16),), lambda x: x.float(), store)
+    return Format(("",), (lambda p: torch.zeros_like(p, dtype=torch.bfloat16),), lambda x: x.float(), store, kind="bf16")
 
 
 def blocks(n: int) -> int:
@@ -112,7 +114,8 @@ def in_blocks(dtype: torch.dtype, mantissa: int, least: int, top: int, root: boo
         codes = y.view(torch.uint8) if stored != dtype else y
         return codes[0] if scalar else codes, shift.to(torch.int8)
 
-    return Format(("", "_shift"), (lambda p: torch.zeros_like(p, dtype=stored), per_block), load, store)
+    kind: Kind = "fp16" if dtype == torch.float16 else "fp8 root" if root else "fp8"
+    return Format(("", "_shift"), (lambda p: torch.zeros_like(p, dtype=stored), per_block), load, store, kind=kind)
 
 
 def format_of(name: str, second: bool = False) -> Format | None:

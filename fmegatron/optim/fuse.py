@@ -16,6 +16,7 @@ The links of tx fall into three parts, and only the last elementwise run is fuse
 
 Where the last link is `multi`, each of its groups is such a step on its own leaves, times the factor before it.
 
+kernels   "triton": one launch for all leaves of adam and adamw, see multi_tensor.py; what that does not take goes as it would
 compile   one kernel by torch.compile over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
           integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
 donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
@@ -38,12 +39,14 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.kernels.launch import Form
 from fmegatron.offload import Copies, copies_of
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
-from fmegatron.optim.elementwise import Elementwise, draws_of, plain
+from fmegatron.optim.elementwise import Elementwise, plain
 from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
-from fmegatron.optim.packed import ROW, Where, draw, halved, joined, on_rows, pack
+from fmegatron.optim.multi_tensor import Given, one_launch
+from fmegatron.optim.packed import ROW, draw, halved, joined, marked, on_rows, pack, where_of
 from fmegatron.optim.stream import Piece, cuts, in_turn
 from fmegatron.transforms import INDUCTOR
 
@@ -61,6 +64,7 @@ class FusedStep:
     tx: Transform
     copies: Copies | None = None
     piece: int = 1 << 24
+    kernels: Form = "reference"
 
     @cached_property
     def parts(self) -> tuple[tuple[Transform, ...], Transform | None, tuple[Transform, ...]]:
@@ -107,7 +111,7 @@ class FusedStep:
         """New params and state. Errors: ValueError for compile or donate under a torch.func transform, host without donate."""
         if self.tx.host and not donate:
             raise ValueError("optimizer state in host memory is updated in place: use donate=True, and no virtual mesh")
-        if not (compile or donate):
+        if not (compile or donate) and (self.kernels == "reference" or not plain()):
             whole = joined(params)
             updates, new = self.tx.update(grads, state, whole, over=over)
             moved = apply_updates(whole, updates)
@@ -148,7 +152,7 @@ class FusedStep:
         packed = halves or any(f.stored for f in forms)
         kernels: Any = self.packed[halves] if packed else (self.kernel, self.compiled if compile else self.kernel)
         eager, kernel = kernels[0], kernels[compile]
-        where = _where(forms, old, high, over) if packed else []
+        where = where_of(forms, old, high, over) if packed else []
 
         one = leaves[0].new_ones((), dtype=torch.float64)
         numbers = [one if by is None else by, one if ok is None else ok]
@@ -157,6 +161,7 @@ class FusedStep:
         vectors: dict[Any, Tensor] = {}
         results: list[tuple[Tensor, ...]] = []
         pieces: list[Piece] = []
+        launch, together = one_launch(forms, halves) if self.kernels == "triton" else None, list[Given]()
         for i, (p, g) in enumerate(zip(leaves, tree.leaves(u), strict=True)):
             each = next(own) if own else ()
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -164,11 +169,22 @@ class FusedStep:
             if (each, dtype) not in vectors:  # few: with and without decay
                 vector = torch.stack([n.double() for n in numbers] + [one * e for e in each])
                 vectors[each, dtype] = vector.to(dtype)
-            update = partial(on_rows if packed else _on_leaf, kernel, eager, donate)
+            update: Callable[..., Any] = partial(on_rows if packed else _on_leaf, kernel, eager, donate)
             rest = (where[i],) if packed else ()
+            if not p.numel():
+                results.append(own_arrays)
+                continue
+            if launch is not None and launch.takes(own_arrays):
+                update, own_arrays = launch.alone, own_arrays if donate else tuple(x.clone() for x in own_arrays)
+                if not self.tx.host:
+                    together.append(Given(g, vectors[each, dtype], own_arrays, *rest))
+                    results.append(own_arrays)
+                    continue
             if self.tx.host:
                 pieces += _pieces(update, g, (vectors[each, dtype], *rest), own_arrays, 1 + halves, self.piece)
             results.append(own_arrays if self.tx.host else update(g, vectors[each, dtype], *rest, own_arrays))
+        if launch is not None and together:
+            launch(together)
         if pieces:
             in_turn(self.copies or copies_of(leaves[0].device), leaves[0].device, pieces)
 
@@ -193,9 +209,9 @@ class FusedStep:
         return Split(join([p.high for p in made], params.high), join([p.low for p in made], params.low)), new
 
 
-def fuse(tx: Transform) -> FusedStep:
+def fuse(tx: Transform, kernels: Form = "reference") -> FusedStep:
     """tx.update, apply_updates and the skip of a step that is not ok, as one function; compiled when first called."""
-    return FusedStep(tx)
+    return FusedStep(tx, kernels=kernels)
 
 
 def keep(ok: Tensor | None, new: Tree, old: Tree) -> Tree:
@@ -205,20 +221,6 @@ def keep(ok: Tensor | None, new: Tree, old: Tree) -> Tree:
 
 def _links(tx: Transform) -> tuple[Transform, ...]:
     return tx.form if isinstance(tx.form, tuple) else (tx,)
-
-
-def _where(forms: list[Any], states: list[Tree], params: Tree, over: Over) -> list[Where]:
-    """For each leaf: where its elements lie, and the keys of the roundings that draw."""
-    keys: list[list[Tensor]] = []
-    places: Any = ()
-    for f, s in zip(forms, states, strict=True):
-        if f.stored:
-            draws = draws_of(s["count"], params, over)
-            keys, places = keys + [draws.keys(slot) for slot in f.slots if f.format(slot).draws], draws.places
-    n = len(tree.leaves(params))
-    none = tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
-    places = places or [("", none[None, None], none[None])] * n
-    return [(place[1], place[2], tuple(k[i] for k in keys)) for i, place in enumerate(places)]
 
 
 def _pieces(
@@ -276,7 +278,7 @@ def _on_leaf(
     if rows < 2 or not all(t.is_contiguous() for t in old):  # one row would be a compilation of its own
         return eager(donate, g, vector, *old) or old
     if kernel is not eager and rows * ROW == p.numel():
-        made = kernel(donate, *_marked(g.reshape(rows, ROW)), vector, *_marked(*(t.view(rows, ROW) for t in old)))
+        made = kernel(donate, *marked(g.reshape(rows, ROW)), vector, *marked(*(t.view(rows, ROW) for t in old)))
         return tuple(t.view(p.shape) for t in made) or old
     g, *flat = (t.reshape(-1) for t in (g, *old))
     if kernel is eager:
@@ -285,15 +287,8 @@ def _on_leaf(
                  for pieces in zip(*(t.split(step) for t in (g, *flat)), strict=True)]
     else:
         n = rows * ROW
-        u, *whole = _marked(*(t[:n].view(rows, ROW) for t in (g, *flat)))
+        u, *whole = marked(*(t[:n].view(rows, ROW) for t in (g, *flat)))
         parts = [kernel(donate, u, vector, *whole), eager(donate, g[n:], vector, *(t[n:] for t in flat))]
     if donate:
         return old
     return tuple(torch.cat([t.view(-1) for t in part]).view(p.shape) for part in zip(*parts, strict=True))
-
-
-def _marked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows, of whose number the compiled kernel is to know nothing."""
-    for t in tensors:
-        torch._dynamo.maybe_mark_dynamic(t, 0)
-    return tensors

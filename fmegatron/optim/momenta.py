@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmegatron.kernels.adamw import Adam
 from fmegatron.optim.base import Transform
 from fmegatron.optim.elementwise import Elementwise, Slots, elementwise
 from fmegatron.optim.switch import Number, Switch, missing, values
@@ -52,7 +53,9 @@ def scale_by_momenta(
         up = mixed(u, [new[name] * s[f"unbias_{name}"] for name in names], vs, s)
         return up / ((second * s["unbias_nu"]).sqrt() + eps), new
 
-    return elementwise(Elementwise(leaf, (*names, "nu", *(("nu_max",) if amsgrad else ())), numbers))
+    still = [float(b) for b in betas if not isinstance(b, Switch)]
+    known = ("adam", Adam((still[0], still[1]), eps)) if tuple(vs) == (1.0,) and len(still) == 2 and not amsgrad else ()
+    return elementwise(Elementwise(leaf, (*names, "nu", *(("nu_max",) if amsgrad else ())), numbers, known=known))
 
 
 def scale_by_adopt(

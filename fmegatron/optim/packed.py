@@ -6,13 +6,15 @@ A piece is some rows of a leaf seen as [rows, n]: never more than a piece's wort
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmegatron import random, tree
-from fmegatron.optim.base import Tree
+from fmegatron.optim.base import Over, Tree
+from fmegatron.optim.elementwise import Elementwise, draws_of
 from fmegatron.optim.formats import Format, Split, join, split
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -31,6 +33,20 @@ def halved(params: Tree) -> Split:
     values, spec = tree.flatten(params)
     high, low = zip(*map(split, values), strict=True)
     return Split(spec.unflatten(high), spec.unflatten(low))
+
+
+def where_of(forms: Sequence[Elementwise], states: Sequence[Tree], params: Tree, over: Over) -> list[Where]:
+    """For each leaf: where its elements lie, and the keys of the roundings that draw."""
+    keys: list[list[Tensor]] = []
+    places: Any = ()
+    for f, s in zip(forms, states, strict=True):
+        if f.stored:
+            draws = draws_of(s["count"], params, over)
+            keys, places = keys + [draws.keys(slot) for slot in f.slots if f.format(slot).draws], draws.places
+    n = len(tree.leaves(params))
+    none = tree.leaves(params)[0].new_zeros((), dtype=torch.int64)
+    places = places or [("", none[None, None], none[None])] * n
+    return [(place[1], place[2], tuple(k[i] for k in keys)) for i, place in enumerate(places)]
 
 
 def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
@@ -62,6 +78,13 @@ def draw(index: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(random.bits(key, index).to(torch.int32) for key in keys)
 
 
+def marked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows, of whose number a compiled kernel is to know nothing."""
+    for t in tensors:
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+    return tensors
+
+
 def on_rows(
     kernels: tuple[Kernel, Kernel], eager: tuple[Kernel, Kernel], donate: bool, g: Tensor, vector: Tensor, where: Where,
     arrays: tuple[Tensor, ...],
@@ -87,12 +110,9 @@ def on_rows(
         if even:
             times = index.numel() // ROW
             index, *own = (x.reshape(times, -1) for x in (index, *own))
-            for x in (index, *own):
-                torch._dynamo.maybe_mark_dynamic(x, 0)
+            index, *own = marked(index, *own)
         words = draws(index, keys) if keys else ()
-        if even:
-            for x in words:
-                torch._dynamo.maybe_mark_dynamic(x, 0)
+        words = marked(*words) if even else words
         parts.append(run(donate, own[0], vector, words, *own[1:]))
     if donate:
         return arrays

@@ -20,7 +20,7 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Transfor
     def leaf(u: Any, p: Any, slots: Slots, s: dict[str, Any]) -> tuple[Any, Slots]:
         return u * s["step"], {}
 
-    return elementwise(Elementwise(leaf, numbers=lambda count: {"step": -rate(count)}))
+    return elementwise(Elementwise(leaf, numbers=lambda count: {"step": -rate(count)}, known=("rate",)))
 
 
 def scale_by_leaf(factors: Mapping[str, float]) -> Transform:

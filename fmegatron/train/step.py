@@ -226,7 +226,7 @@ def make_step(
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
     plan = plan_step(model, sh, **settings)
-    finish = fuse(tx)
+    finish = fuse(tx, plan.sh.kernels)
 
     def step(
         state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None,

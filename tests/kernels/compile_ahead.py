@@ -14,7 +14,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fmegatron.kernels import adamw, grad_norm, grouped_matmul, launch, paged
-from fmegatron.kernels.adamw import Leaves
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8"}
@@ -51,10 +50,15 @@ for case in CASES:
     if len(sys.argv) == 1 or case.name in sys.argv[1:]:
         case.run("triton", case.draw(3, torch.bfloat16))
 if len(sys.argv) == 1:
-    leaf, one = [torch.ones(3).bfloat16()], torch.ones(4)
-    leaves = Leaves(leaf, leaf, leaf, leaf, [torch.ones(3)])
-    adamw.adamw(leaves, one, one, keys=torch.zeros(1, dtype=torch.int64), form="triton")
-    grad_norm.norm(leaf, form="triton")
+    p, g, word = torch.ones(32), torch.ones(32).bfloat16(), torch.zeros((), dtype=torch.int64)
+    kept = {"bf16": g, "fp16": g.half(), "fp8": g.to(torch.uint8), "fp8 root": g.to(torch.uint8)}
+    places = {"rows": word[None], "columns": torch.arange(32), "first_key": word, "second_key": word}
+    shifts = {f"{name}_shift": torch.zeros(1, dtype=torch.int8) for name in ("first", "second")}
+    adamw.adamw(adamw.Adam(), [adamw.Leaf(g, p, p, p, p)], form="triton")
+    for kind, moment in kept.items():
+        leaf = adamw.Leaf(g, g, moment, moment, p, low=torch.zeros(32, dtype=torch.int16), **places, **shifts)
+        adamw.adamw(adamw.Adam(kinds=(kind, kind)), [leaf], form="triton")
+    grad_norm.norm([g], form="triton")
     pool, table = torch.ones(4, 16, 2, 128).bfloat16(), torch.zeros(2, 3, dtype=torch.int32)
     paged.append(pool, pool, pool[0], pool[0], torch.zeros(16, dtype=torch.int64), form="triton")
     q, options = torch.ones(2, 8, 128).bfloat16(), {"window": 9, "softcap": 3.0}
