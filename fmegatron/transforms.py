@@ -18,11 +18,12 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import detect_fake_mode, tracing
 from torch.autograd.graph import get_gradient_edge
 
 from fmegatron import tree
@@ -159,6 +160,10 @@ class Compiled(Autograd):
         if key in self.graphs:
             names, graph = self.graphs[key]
             return dict(zip(names, graph(*flat), strict=True))
+        from fmegatron.inductor import cacheable, warm_up
+
+        if not self.graphs:
+            warm_up()
         self.graphs[key] = names, graph = compile_block(fn, spec, len(leaves), rest_spec)
         with tracing(cacheable()):  # compiles
             return dict(zip(names, graph(*flat), strict=True))
@@ -167,10 +172,9 @@ class Compiled(Autograd):
 def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[str], Callable[..., Any]]:
     """(names of the outputs, function of flat tensors) with compiled forward and backward."""
     from functorch.compile import aot_function, min_cut_rematerialization_partition
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    from fmegatron.inductor import compile_graph, simplify
 
     names: list[str] = []
 
@@ -180,37 +184,18 @@ def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[st
         return list(out.values())
 
     def partition(joint: Any, inputs: Any, **options: Any) -> Any:
-        joint_graph_passes(joint)
+        simplify(joint)
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
-
-    def compiler(backward: bool) -> Callable[..., Any]:
-        def compile(gm: Any, inputs: Any) -> Any:
-            with config.patch(INDUCTOR):
-                return compile_fx_inner(gm, inputs, is_backward=backward)
-
-        return compile
 
     graph = aot_function(
         flat_fn,
-        fw_compiler=compiler(backward=False),
-        bw_compiler=compiler(backward=True),
+        fw_compiler=partial(compile_graph, backward=False),
+        bw_compiler=partial(compile_graph, backward=True),
         partition_fn=partition,
         decompositions={**select_decomp_table(), **products_of_bf16()},
         num_params_buffers=n + rest_spec.num_leaves,  # inputs of fixed shapes
     )
     return names, graph
-
-
-def cacheable() -> TracingContext:
-    """Where graphs are compiled: Inductor asks its cache on disk only where symbolic shapes have a place; ours have none."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    return TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-
-
-# The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.
-INDUCTOR = {"cpp.vec_isa_ok": True}
 
 
 def products_of_bf16() -> dict[Any, Callable[..., Any]]:

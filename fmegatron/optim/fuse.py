@@ -17,7 +17,7 @@ The links of tx fall into three parts, and only the last elementwise run is fuse
 Where the last link is `multi`, each of its groups is such a step on its own leaves, times the factor before it.
 
 kernels   "triton": one launch for all leaves of adam and adamw, see multi_tensor.py; what that does not take goes as it would
-compile   one kernel by torch.compile over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
+compile   one kernel by Inductor over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
           integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
 donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
 host      the arrays of the tail lie in host memory: they come and go by pieces, see stream.py; with donate only
@@ -28,7 +28,6 @@ To the kernel all numbers of a step (factor, ok, rates, bias corrections, each l
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -46,9 +45,8 @@ from fmegatron.optim.elementwise import Elementwise, plain
 from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
 from fmegatron.optim.multi_tensor import Given, one_launch
-from fmegatron.optim.packed import ROW, draw, halved, joined, marked, on_rows, pack, where_of
+from fmegatron.optim.packed import ROW, draw, halved, joined, on_rows, pack, where_of
 from fmegatron.optim.stream import Piece, cuts, in_turn
-from fmegatron.transforms import INDUCTOR
 
 Kernel = Callable[..., tuple[Tensor, ...]]
 PIECE = 1 << 17  # elements: some ten fp32 arrays of a piece, temporaries included, stay in a cache of a few MB
@@ -93,16 +91,18 @@ class FusedStep:
     @cached_property
     def compiled(self) -> Kernel:
         """The same, compiled."""
-        return torch.compile(self.kernel, fullgraph=True, options=dict(INDUCTOR))
+        from fmegatron.inductor import Rows
+
+        return Rows(self.kernel)
 
     @cached_property
     def packed(self) -> dict[bool, tuple[tuple[Kernel, Kernel], tuple[Kernel, Kernel]]]:
         """{whether parameters are in halves: draws and the kernel between formats, eager and compiled}."""
+        from fmegatron.inductor import Rows
+
         slots = [link.form.format(slot) for link in self.parts[2] for slot in link.form.slots]
         kernels = {halves: pack(self.kernel, (HALVES if halves else SAME, *slots)) for halves in (False, True)}
-        options: Any = {"fullgraph": True, "options": dict(INDUCTOR)}
-        drawn = torch.compile(draw, **options)
-        return {halves: ((draw, one), (drawn, torch.compile(one, **options))) for halves, one in kernels.items()}
+        return {halves: ((draw, one), (Rows(draw), Rows(one))) for halves, one in kernels.items()}
 
     def __call__(
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
@@ -266,8 +266,7 @@ def _kernel(forms: tuple[Elementwise, ...]) -> Kernel:
             b.copy_(a)
         return ()
 
-    # A code object of its own: torch.compile keeps its compilations, and its limit on them, by code object.
-    return types.FunctionType(kernel.__code__.replace(), kernel.__globals__, "kernel", None, kernel.__closure__)
+    return kernel
 
 
 def _on_leaf(
@@ -278,7 +277,7 @@ def _on_leaf(
     if rows < 2 or not all(t.is_contiguous() for t in old):  # one row would be a compilation of its own
         return eager(donate, g, vector, *old) or old
     if kernel is not eager and rows * ROW == p.numel():
-        made = kernel(donate, *marked(g.reshape(rows, ROW)), vector, *marked(*(t.view(rows, ROW) for t in old)))
+        made = kernel(donate, g.reshape(rows, ROW), vector, *(t.view(rows, ROW) for t in old))
         return tuple(t.view(p.shape) for t in made) or old
     g, *flat = (t.reshape(-1) for t in (g, *old))
     if kernel is eager:
@@ -287,7 +286,7 @@ def _on_leaf(
                  for pieces in zip(*(t.split(step) for t in (g, *flat)), strict=True)]
     else:
         n = rows * ROW
-        u, *whole = marked(*(t[:n].view(rows, ROW) for t in (g, *flat)))
+        u, *whole = (t[:n].view(rows, ROW) for t in (g, *flat))
         parts = [kernel(donate, u, vector, *whole), eager(donate, g[n:], vector, *(t[n:] for t in flat))]
     if donate:
         return old

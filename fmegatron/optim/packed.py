@@ -5,7 +5,6 @@ A piece is some rows of a leaf seen as [rows, n]: never more than a piece's wort
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,20 +68,12 @@ def pack(kernel: Kernel, kinds: tuple[Format, ...]) -> Kernel:
             b.copy_(a)
         return ()
 
-    # A code object of its own: torch.compile keeps its compilations, and its limit on them, by code object.
-    return types.FunctionType(run.__code__.replace(), run.__globals__, "packed", None, run.__closure__)
+    return run
 
 
 def draw(index: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A random word at each index for each key, int32. A kernel of its own: Inductor writes a hash out for each of its uses."""
     return tuple(random.bits(key, index).to(torch.int32) for key in keys)
-
-
-def marked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows, of whose number a compiled kernel is to know nothing."""
-    for t in tensors:
-        torch._dynamo.maybe_mark_dynamic(t, 0)
-    return tensors
 
 
 def on_rows(
@@ -110,9 +101,7 @@ def on_rows(
         if even:
             times = index.numel() // ROW
             index, *own = (x.reshape(times, -1) for x in (index, *own))
-            index, *own = marked(index, *own)
         words = draws(index, keys) if keys else ()
-        words = marked(*words) if even else words
         parts.append(run(donate, own[0], vector, words, *own[1:]))
     if donate:
         return arrays

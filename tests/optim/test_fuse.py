@@ -107,7 +107,6 @@ def run(name, dtype, donate, compile):
 
 
 def test_lengths_and_rates_do_not_recompile():
-    torch._dynamo.utils.counters.clear()
     tx = optim.sgd(optim.linear(0.1, steps=5))
     step = optim.fuse(tx)
     for rows in (2, 3, 50, 129):
@@ -115,7 +114,7 @@ def test_lengths_and_rates_do_not_recompile():
         for donate in (True,):
             new, state = step(tree.map(torch.ones_like, params), tx.init(params), params, donate=donate)
             close(new, tree.map(lambda p: torch.full_like(p, 0.9), params))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(step.compiled.graphs) == 1
 
 
 def test_under_vmap():
