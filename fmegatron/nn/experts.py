@@ -8,13 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmegatron.kernels.grouped_matmul import grouped_matmul
 from fmegatron.kernels.launch import Form
@@ -23,7 +21,6 @@ from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param, bias
 
 Experts = dict[str, Any]
-PIECE = 1 << 17  # numbers that an activation takes at once
 
 
 def declare(kind: Mlp, inner: Init, outer: Init, width: str = "embed") -> dict[str, Param]:
@@ -67,17 +64,6 @@ def grouped(
         return product(mlp.hidden(kind, gate, project("up"), form, scale), p["down"], counts, form)
     h = mlp.hidden(kind, gate, project("up"))
     return product(h if scale is None else h * scale[:, None].to(h.dtype), p["down"], counts)
-
-
-def lean(kind: Mlp, p: Experts, x: Tensor, token: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
-    """`grouped` from tokens and back to them, [t, d] -> [t, d]: row i is token[i], its result times scale[i] is added there.
-
-    An expert's rows exist while it runs; of all rows only what the activation reads is kept. Eager, differentiable once.
-    """
-    names = [name for name in p if name != "down_bias"]
-    groups = sizes_of(counts, len(token))
-    y: Tensor = _Lean.apply(kind, names, token, groups, x, scale.to(x.dtype), *(p[name] for name in names))
-    return y
 
 
 def reference(kind: Mlp, p: Experts, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -178,97 +164,3 @@ class _Product(torch.autograd.Function):
         rows, w, counts = ctx.saved_tensors
         times, outer = (_each_product, _each_outer) if rows.is_meta else (grouped_product, grouped_outer)
         return times(cotangent, w.transpose(1, 2), counts), outer(rows, cotangent, counts), None
-
-
-class _Lean(torch.autograd.Function):
-    """A loop over experts, forward and backward, whose sums over a token's experts are at least fp32.
-
-    Of the rows only what the activation reads is kept. The backward writes its gradient over that, unless the graph is to be
-    used again, and makes the weights' gradients a projection at a time, so that a projection's rows go before the next's come.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, kind: Mlp, names: Sequence[str], token: Tensor, groups: Sequence[int], x: Tensor, scale: Tensor, *w: Tensor
-    ) -> Tensor:
-        p, reads = dict(zip(names, w, strict=True)), [name for name in ("gate", "up") if name in names]
-        kept = {name: x.new_empty(len(token), p[name].shape[2]) for name in reads}
-        y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-        for e, here in _slices(groups):
-            rows = x.index_select(0, token[here])
-            for name in reads:
-                torch.mm(rows, p[name][e], out=kept[name][here])
-                if kind.bias:
-                    kept[name][here] += p[f"{name}_bias"][e]
-            h = torch.empty_like(kept["up"][here])
-            for piece in _pieces(h):
-                own = [kept[name][here][piece] for name in reads]
-                h[piece] = mlp.hidden(kind, own[0] if kind.gated else None, own[-1])
-            y.index_add_(0, token[here], (h @ p["down"][e]).mul_(scale[here, None]).to(y.dtype))
-        ctx.save_for_backward(token, x, scale, *w)
-        ctx.how, ctx.kept = (kind, names, groups, reads), kept
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        kind, names, groups, reads = ctx.how
-        token, x, scale, *w = ctx.saved_tensors
-        p, kept = dict(zip(names, w, strict=True)), ctx.kept
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            kept = {name: y.clone() for name, y in kept.items()}
-        d_scale, d = torch.zeros_like(scale), {"down": _like(p["down"], groups)}
-        for e, here in _slices(groups):
-            ct = cotangent.index_select(0, token[here])
-            inner = {name: y[here] for name, y in kept.items()}
-            d_scale[here] = _through_activation(kind, inner, p["down"][e], ct, scale[here], d["down"][e])
-            del inner  # it holds what is to go
-        d_x = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-        for name in reads:
-            d_y, d[name] = kept.pop(name), _like(p[name], groups)
-            d |= {f"{name}_bias": _like(p[f"{name}_bias"], groups)} if kind.bias else {}
-            for e, here in _slices(groups):
-                torch.mm(x.index_select(0, token[here]).t(), d_y[here], out=d[name][e])
-                if kind.bias:
-                    torch.sum(d_y[here], 0, out=d[f"{name}_bias"][e])
-                d_x.index_add_(0, token[here], (d_y[here] @ p[name][e].t()).to(d_x.dtype))
-            del d_y
-        return None, None, None, None, d_x.to(x.dtype), d_scale, *(d[name] for name in names)
-
-
-def _through_activation(kind: Mlp, inner: dict[str, Tensor], down: Tensor, ct: Tensor, scale: Tensor, d_down: Tensor) -> Tensor:
-    """Of one expert's rows: gradients over what the activation read, that of `down` into its place; returns that of scale."""
-    h = ct @ down.t()  # its gradient first, itself in the end
-    d_scale = torch.empty_like(scale)
-    for piece in _pieces(h):
-        d_h, own = h[piece], [y[piece] for y in inner.values()]
-        reads = [y.detach().requires_grad_() for y in own]
-        with torch.enable_grad():
-            found = mlp.hidden(kind, reads[0] if kind.gated else None, reads[-1])
-        torch.sum(d_h * found.detach(), 1, out=d_scale[piece])
-        for y, d_y in zip(own, torch.autograd.grad(found, reads, d_h.mul_(scale[piece, None])), strict=True):
-            y.copy_(d_y)
-        d_h.copy_(found.detach())
-    torch.mm(h.t(), ct.mul_(scale[:, None]), out=d_down)
-    return d_scale
-
-
-def _pieces(x: Tensor) -> Iterator[slice]:
-    """Rows of x by so many that what is computed from them stays in a core's own cache."""
-    step = max(1, PIECE // max(x.shape[1], 1))
-    for start in range(0, x.shape[0], step):
-        yield slice(start, start + step)
-
-
-def _like(w: Tensor, groups: Sequence[int]) -> Tensor:
-    """Room for the gradient of stacked weights: zeros where an expert has no rows."""
-    return torch.zeros_like(w) if 0 in groups else torch.empty_like(w)
-
-
-def _slices(groups: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which."""
-    start = 0
-    for e, n in enumerate(groups):
-        if n:
-            yield e, slice(start, start + n)
-        start += n

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fmegatron.nn import dispatch, experts, lowexperts, mlp, router
+from fmegatron.nn import dispatch, experts, leanexperts, lowexperts, mlp, router
 from fmegatron.nn.mlp import Mlp
 from fmegatron.nn.param import Init, Param
 from fmegatron.nn.router import Router, hits
@@ -148,7 +148,7 @@ def routed(
     grouped, batched = (partial(fn, kind, p, form=sh.kernels) for fn in (experts.grouped, experts.batched))
     here = sh.mesh.device if x.is_meta else "" if blind(x) else x.device.type
     plain = here == "cpu" and sh.kernels == "reference" and all(isinstance(w, Tensor) for w in p.values())
-    lean = partial(experts.lean, kind, p) if plain else None
+    lean = partial(leanexperts.lean, kind, p) if plain else None
     if form == "local":
         y = dispatch.local(x, index, weight, e, grouped, lean, dropped)
     elif form == "ragged":
