@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import replace
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fmegatron.sharding import RULES
 from fmegatron.testing import equivalence
-from fmegatron.testing.equivalence import Result, compare, expert_ways, meshes, ways
+from fmegatron.testing.equivalence import BATCH, CONFIG, FORMS, MODELS, Result, compare, expert_ways, meshes, ways
+from fmegatron.testing.formula import Case
+from fmegatron.testing.formula_models import model_traffic
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.equivalence import equivalence as table  # noqa: E402
@@ -58,3 +62,32 @@ def test_the_table_of_all_ways_goes_on_where_it_was_cut_and_shows_the_worst(tmp_
     assert table.kept(tmp_path / "results.jsonl") == {str(one): wrong, str(other): good}
     assert table.kept(tmp_path / "none") == {}
     assert table.fields([(one, wrong), (other, good)]) == {(one.case.rules, one.mesh): 2e-3}
+
+
+AHEAD = replace(CONFIG, embed=32, kv=4, mtp=2)  # dense, with modules that look ahead
+LATENT = replace(MODELS["latent"], moe=None, mtp=0)
+
+
+def drawn(number):
+    """Cases of a model each, on any mesh of dp, fsdp, ep and tp of 2, 4 or 8 ranks."""
+    rng, found = random.Random(1), []
+    for i in range(number):
+        c = (MODELS["experts"], LATENT, AHEAD, MODELS["latent"])[i % 4]
+        rules = rng.choice([name for name in RULES if name != "single"])
+        every = [m for n in (2, 4, 8) for m in meshes(n, ("dp", "fsdp", "ep", "tp"))]
+        sizes = rng.choice([m for m in every if m.keys() <= RULES[rules].axes])
+        rows = BATCH[0] // math.prod(n for axis, n in sizes.items() if axis != "tp")
+        m, remat = min(rows, rng.choice((1, 2))), rng.choice(("none", "full", "every-2", "selective"))
+        found.append((Case(rules, sizes, c, BATCH, m, remat, keeps=True), rng.choice(FORMS)))
+    return found
+
+
+def name_of(x):
+    return f"{x.rules} {x.sizes} m={x.m} {x.remat}" if isinstance(x, Case) else x
+
+
+@pytest.mark.parametrize("case, form", [pytest.param(*each, marks=pytest.mark.long if i > 3 else ()) for i, each in
+                                        enumerate(drawn(60))], ids=name_of)  # fmt: skip
+def test_all_that_a_step_sends_is_a_closed_form(case, form):
+    """With experts, latent attention, modules that look ahead, and all of them."""
+    assert equivalence.stepped(case, form) == model_traffic(case, form)

@@ -9,6 +9,7 @@ are equal on every mesh (per sequence, z); a near-tie in a router may fall other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +25,7 @@ from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.sharding.traffic import Traffic, counted
 from fmegatron.testing.formula import Case, step_traffic
+from fmegatron.testing.formula_models import model_traffic
 from fmegatron.testing.formula_moe import Exchange, expert_traffic
 from fmegatron.testing.formula_moe import Traffic as Counts
 from fmegatron.testing.invariance import Measured, assert_same, measure, whole_leaves
@@ -187,18 +189,34 @@ def compare(way: Way) -> Result:
         loss=error({"loss": here.metrics["loss"]}, {"loss": alone.metrics["loss"]}),
         gradients=error(here.grads, alone.grads),
         parameters=error(after, one.trained),
-        traffic=traffic.counts() == step_traffic(case) if way.model == "dense" else exchanged(traffic) == said(way),
+        traffic=traffic.counts() == step_traffic(case) if way.model == "dense" else sent(way, traffic) == said(way),
         flips=flips(here.metrics, alone.metrics),
     )
 
 
-def exchanged(traffic: Traffic) -> Counts:
-    """What went over ep by all-to-all: of rows to experts alone."""
-    return {key: x for key, x in traffic.counts().items() if key == ("all_to_all", "ep")}
+def stepped(case: Case, form: Form) -> Counts:
+    """{(collective, axis): (count, bytes)} of a case's step."""
+    mesh, traffic = counted(virtual_mesh(**case.sizes))
+    sh = Sharding(mesh, replace(RULES[case.rules], dispatch=form))
+    one_step(gpt(case.c), sh, {"microbatches": case.m, "remat": case.remat})
+    return traffic.counts()
+
+
+def whole(way: Way) -> bool:
+    """Whether there is a closed form of all that a step with experts sends, not of the exchanges alone."""
+    return way.pp == 1 and "cp" not in way.case.sizes
+
+
+def sent(way: Way, traffic: Traffic) -> Counts:
+    """What went over any axis; in stages and along cp what went over ep by all-to-all, of rows to experts alone."""
+    return {key: x for key, x in traffic.counts().items() if whole(way) or key == ("all_to_all", "ep")}
 
 
 def said(way: Way) -> Counts:
-    """The closed form of that, for all layers with experts."""
+    """The closed form of that."""
+    if whole(way):
+        assert way.form != "auto"
+        return model_traffic(replace(way.case, count=Counter(), bytes=Counter()), way.form)
     case, block = way.case, way.case.c.moe
     assert block is not None and way.form in ("padded", "gather")
     ep, sp = case.ranks("ep"), case.rules.endswith("_sp") or case.rules.startswith("cp_")

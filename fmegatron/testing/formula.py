@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fmegatron.models import Config
 from fmegatron.sharding import RULES
 
-DATA_AXES = ("dp", "fsdp", "cp", "cpa")
+DATA_AXES = ("dp", "fsdp", "ep", "cp", "cpa")
 F32 = 4  # bytes of an element of parameters at rest, of activations and of gradients
 
 
@@ -57,8 +57,8 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens on a rank in a microbatch, over dp, fsdp and the context axes: b s."""
-        rows = self.batch[0] // (self.ranks("dp") * self.ranks("fsdp") * self.m)
+        """Tokens on a rank in a microbatch, over dp, fsdp, ep and the context axes: b s."""
+        rows = self.batch[0] // (self.ranks("dp") * self.ranks("fsdp") * self.ranks("ep") * self.m)
         return rows * self.batch[1] // (self.ranks("cp") * self.ranks("cpa"))
 
 
