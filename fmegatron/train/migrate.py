@@ -19,8 +19,10 @@ from typing import Any
 
 from fmegatron import toml
 from fmegatron.config import ConfigError, RunConfig
+from fmegatron.train import migrate_flags
+from fmegatron.train.migrate_flags import Table, put
+from fmegatron.train.migrate_titan import from_torchtitan
 
-Table = dict[str, Any]
 MODEL = {  # Megatron-LM's flag: a field of models.Config
     "num_layers": "layers", "hidden_size": "embed", "num_attention_heads": "heads", "kv_channels": "hd",
     "ffn_hidden_size": "mlp", "vocab_size": "vocab", "max_position_embeddings": "context",
@@ -71,25 +73,11 @@ SILENT = {"use_mcore_models", "transformer_impl", "ckpt_format", "use_flash_attn
           "tokenizer_type", "num_workers", "no_masked_softmax_fusion", "masked_softmax_fusion", "no_bias_swiglu_fusion",
           "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args", "split",
           "attention_softmax_in_fp32"}  # fmt: skip
-TITAN = {  # TorchTitan's key: ours
-    "training.steps": "training.steps", "training.seq_len": "data.seq", "training.global_batch_size": "training.global_batch",
-    "training.max_norm": "training.clip_norm", "training.seed": "run.seed", "debug.seed": "run.seed",
-    "training.deterministic": "training.deterministic", "debug.deterministic": "training.deterministic",
-    "training.dataset_path": "data.source", "optimizer.lr": "optimizer.lr", "optimizer.eps": "optimizer.eps",
-    "optimizer.weight_decay": "optimizer.weight_decay", "lr_scheduler.warmup_steps": "optimizer.warmup",
-    "parallelism.tensor_parallel_degree": "mesh.tp", "parallelism.context_parallel_degree": "mesh.cp",
-    "parallelism.expert_parallel_degree": "mesh.ep", "parallelism.data_parallel_replicate_degree": "mesh.dp",
-    "parallelism.data_parallel_shard_degree": "mesh.fsdp", "checkpoint.interval": "checkpoint.interval",
-    "checkpoint.keep_latest_k": "checkpoint.keep", "checkpoint.last_save_model_only": "checkpoint.last_model_only",
-    "checkpoint.initial_load_path": "checkpoint.resume", "metrics.log_freq": "log.every",
-    "metrics.enable_tensorboard": "log.tensorboard", "compile.enable": "training.compile",
-    "training.compile": "training.compile", "validation.freq": "validation.interval", "validation.steps": "validation.batches",
-    "job.dump_folder": "run.dir", "model.tokenizer_path": "data.tokenizer", "model.hf_assets_path": "data.tokenizer",
-}  # fmt: skip
 
 
 def flags_of(text: str) -> Table:
-    """{"num_layers": 24, ...} from a shell script, a list of words, or YAML lines `--num-layers: 24`; a bare flag is True."""
+    """{"num_layers": 24, ...} from a shell script, words, or YAML lines `--num-layers: 24`. A bare flag is True; of several
+    words it is a list."""
     text = re.sub(r"\\\n", " ", text)
     words = [word for line in text.splitlines() for word in shlex.split(line.strip(), comments=True)]
     found: Table = {}
@@ -99,8 +87,9 @@ def flags_of(text: str) -> Table:
         if word.startswith("--"):
             name, equals, value = word[2:].rstrip(":").replace("-", "_").partition("=")
             found[name] = _value(value) if equals else True
-        elif name is not None and word and not word.endswith("=") and found[name] is True:
-            found[name] = _value(word)
+        elif name is not None and word and not word.endswith("="):
+            old, new = found[name], _value(word)
+            found[name] = new if old is True else [*(old if isinstance(old, list) else [old]), new]
     return found
 
 
@@ -149,31 +138,37 @@ def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     table: Table = {"model": {"preset": "llama3:debug", "overrides": fields}}
     for theirs, ours in RUN.items():
         if args.get(theirs) is not None:
-            _put(table, ours, args[theirs])
+            put(table, ours, args[theirs])
     unknown += precision_of(args, table)
+    for ours, value in migrate_flags.settings(args):
+        put(table, ours, value)
+    if isinstance(paths := args.get("data_path"), list):  # weights and prefixes
+        del table["data"]["source"]
+        table["data"]["blend"] = dict(zip(paths[1::2], paths[::2], strict=False))
     if args.get("optimizer", "adam") != "sgd":
-        _put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
-    _put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
+        put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
+    put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
     table["optimizer"].setdefault("weight_decay", 0.01)
     style = args.get("lr_decay_style", "linear").replace("-", "_").lower()
-    _put(table, "optimizer.schedule", "wsd" if style == "wsd" else style)
+    put(table, "optimizer.schedule", "wsd" if style == "wsd" else style)
     if args.get("lr_decay_iters") is not None:
-        _put(table, "optimizer.decay_steps", args["lr_decay_iters"] - args.get("lr_warmup_iters", 0))
+        put(table, "optimizer.decay_steps", args["lr_decay_iters"] - args.get("lr_warmup_iters", 0))
     if style == "wsd" and args.get("lr_wsd_decay_iters") is not None:
-        _put(table, "optimizer.decay_steps", args["lr_wsd_decay_iters"])
-        _put(table, "optimizer.decay_shape", args.get("lr_wsd_decay_style", "exponential"))
+        put(table, "optimizer.decay_steps", args["lr_wsd_decay_iters"])
+        put(table, "optimizer.decay_shape", args.get("lr_wsd_decay_style", "exponential"))
     if args.get("recompute_granularity") or args.get("recompute_activations"):
-        _put(table, "training.remat", args.get("recompute_granularity") or "selective")
+        put(table, "training.remat", args.get("recompute_granularity") or "selective")
     sharded = args.get("use_torch_fsdp2") or args.get("use_megatron_fsdp")
     rules = "fsdp_tp_sp" if sharded else "zero1_tp_sp" if args.get("use_distributed_optimizer") else "tp_sp"
-    _put(table, "sharding.rules", rules if args.get("sequence_parallel") or sharded else rules.removesuffix("_sp"))
-    _put(table, "mesh.dp", -1)
+    put(table, "sharding.rules", rules if args.get("sequence_parallel") or sharded else rules.removesuffix("_sp"))
+    put(table, "mesh.dp", -1)
     if args.get("finetune") or args.get("no_load_optim"):
-        _put(table, "checkpoint.load", "params")
+        put(table, "checkpoint.load", "params")
     if args.get("dist_ckpt_strictness"):
-        _put(table, "checkpoint.strict", STRICT.get(args["dist_ckpt_strictness"], "both"))
-    _put(table, "log.tensorboard", bool(args.get("tensorboard_dir")))
+        put(table, "checkpoint.strict", STRICT.get(args["dist_ckpt_strictness"], "both"))
+    put(table, "log.tensorboard", bool(args.get("tensorboard_dir")))
     known = MODEL.keys() | RUN.keys() | PRECISION.keys() | PRECISION_SWITCHES | MODEL_SWITCHES | RUN_SWITCHES | SILENT
+    known = known | migrate_flags.READ
     return table, unknown + [f"{name} = {value}" for name, value in args.items() if name not in known]
 
 
@@ -184,67 +179,19 @@ def precision_of(args: Mapping[str, Any], table: Table) -> list[str]:
     keeps parameters as bf16 and 16 bits more unless told otherwise; without it, moments are fp32.
     """
     aware, bf16 = bool(args.get("use_precision_aware_optimizer")), bool(args.get("bf16"))
-    _put(table, "training.dtype", "fp16" if args.get("fp16") else "bf16" if bf16 else "fp32")
+    put(table, "training.dtype", "fp16" if args.get("fp16") else "bf16" if bf16 else "fp32")
     for theirs, ours in PRECISION.items():
         if args.get(theirs) is None or (not aware and theirs.endswith("_dtype")):
             continue
-        if ours.startswith("model."):
-            table["model"]["overrides"][ours.removeprefix("model.")] = args[theirs]
-        else:
-            _put(table, ours, f"{args[theirs]:g}" if theirs == "loss_scale" else args[theirs])
+        put(table, ours, f"{args[theirs]:g}" if theirs == "loss_scale" else args[theirs])
     if args.get("grad_reduce_in_bf16"):
-        _put(table, "training.accumulate_dtype", "bf16")
-        _put(table, "training.reduce_dtype", "bf16")
+        put(table, "training.accumulate_dtype", "bf16")
+        put(table, "training.reduce_dtype", "bf16")
     whole = args.get("no_store_param_remainders") or args.get("store_param_remainders") is False
     if aware and bf16 and not whole:
-        _put(table, "training.param_dtype", "bf16")
+        put(table, "training.param_dtype", "bf16")
     main = args.get("main_params_dtype", "fp32")
     return [] if main == "fp32" else [f"main_params_dtype = {main}"]
-
-
-def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
-    """Our table for TorchTitan's TOML, and the keys that have no counterpart (with their values)."""
-    flat = {f"{group}.{name}": value for group, held in given.items() if isinstance(held, dict) for name, value in held.items()}
-    table: Table = {}
-    read = set(TITAN)
-    for theirs, ours in TITAN.items():
-        if theirs in flat:
-            _put(table, ours, flat[theirs])
-    degrees = (("replicate", 1), ("shard", -1))  # with their defaults
-    sizes = [flat.get(f"parallelism.data_parallel_{kind}_degree", default) for kind, default in degrees]
-    if sizes[1] == -1:  # what is left goes to dp here: FSDP is a rule, not an axis
-        table.setdefault("mesh", {}).pop("fsdp", None)
-        _put(table, "mesh.dp", -1)
-    if "model.name" in flat and "model.flavor" in flat:
-        _put(table, "model.preset", f"{flat['model.name']}:{str(flat['model.flavor']).replace('debugmodel', 'debug').lower()}")
-    _put(table, "sharding.rules", "hsdp_tp_sp" if sizes[0] > 1 and sizes[1] != 1 else "fsdp_tp_sp")
-    if "optimizer.name" in flat:
-        _put(table, "optimizer.name", str(flat["optimizer.name"]).lower())
-    _put(table, "optimizer.betas", [flat.get("optimizer.beta1", 0.9), flat.get("optimizer.beta2", 0.95)])
-    _put(table, "optimizer.weight_decay", flat.get("optimizer.weight_decay", 0.1))
-    ratio, shape = flat.get("lr_scheduler.decay_ratio"), flat.get("lr_scheduler.decay_type", "linear")
-    _put(table, "optimizer.schedule", "wsd" if ratio is not None else shape)
-    if ratio is not None:
-        _put(table, "optimizer.decay_steps", round(ratio * flat.get("training.steps", 10000)))
-        _put(table, "optimizer.decay_shape", shape)
-    floor = flat.get("lr_scheduler.min_lr_factor")
-    if floor is not None:
-        _put(table, "optimizer.min_lr", floor * flat.get("optimizer.lr", 8e-4))
-    _put(table, "training.dtype", "fp32" if flat.get("training.mixed_precision_param", "bfloat16") == "float32" else "bf16")
-    mode = flat.get("activation_checkpoint.mode", "selective")
-    _put(table, "training.remat", mode)
-    if flat.get("checkpoint.async_mode", "disabled") != "disabled":
-        _put(table, "checkpoint.background", True)
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    if "checkpoint.export_dtype" in flat:
-        _put(table, "checkpoint.export_dtype", names[flat["checkpoint.export_dtype"]])
-    if flat.get("checkpoint.initial_load_model_only"):
-        _put(table, "checkpoint.load", "params")
-    read |= {"model.name", "model.flavor", "optimizer.name", "optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_ratio",
-             "lr_scheduler.decay_type", "lr_scheduler.min_lr_factor", "training.mixed_precision_param", "checkpoint.async_mode",
-             "activation_checkpoint.mode", "checkpoint.export_dtype", "checkpoint.initial_load_model_only", "checkpoint.folder",
-             "job.description", "checkpoint.enable", "checkpoint.enable_checkpoint"}  # fmt: skip
-    return table, [f"{key} = {value}" for key, value in flat.items() if key not in read]
 
 
 def convert_config(path: str) -> tuple[str, list[str]]:
@@ -273,11 +220,6 @@ def _nested(key: str, value: Any) -> Table:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _put(table: Table, key: str, value: Any) -> None:
-    group, name = key.split(".")
-    table.setdefault(group, {})[name] = value
 
 
 def main(words: Sequence[str]) -> None:

@@ -17,8 +17,9 @@ import transformers
 
 from fmegatron import cli, config, optim, toml, tree
 from fmegatron.models import Config, from_hf, gpt
+from fmegatron.nn.moe import Moe
 from fmegatron.sharding import SINGLE
-from fmegatron.train import checkpoint, convert, megatron, migrate, saving
+from fmegatron.train import checkpoint, convert, megatron, migrate, migrate_flags, migrate_titan, saving
 from fmegatron.train.state import init
 
 HERE = Path(__file__).parent
@@ -154,10 +155,52 @@ def test_megatron_flags_become_ours(tmp_path, capsys):
 
 def test_every_mapped_key_exists():
     known = {key for key, *_ in toml.options(config.RunConfig)}
-    precision = {key for key in migrate.PRECISION.values() if not key.startswith("model.")}
-    assert set(migrate.RUN.values()) | set(migrate.TITAN.values()) | precision <= known
-    assert set(migrate.MODEL.values()) <= set(Config.__dataclass_fields__)
-    assert not (migrate.MODEL.keys() | migrate.RUN.keys()) & (migrate.MODEL_SWITCHES | migrate.RUN_SWITCHES | migrate.SILENT)
+    keys = {*migrate.PRECISION.values(), *migrate.RUN.values(), *migrate_flags.PLAIN.values(), *migrate_titan.TITAN.values()}
+    fields = {key.removeprefix("model.") for key in keys if key.startswith("model.")} - {"preset"}
+    assert {key for key in keys if key.removeprefix("model.") not in fields} <= known
+    assert {*migrate.MODEL.values(), *fields} <= set(Config.__dataclass_fields__)
+    assert set(migrate_flags.EXPERTS.values()) | set(migrate_flags.BALANCE.values()) <= set(Moe.__dataclass_fields__)
+    read = [migrate.MODEL, migrate.RUN, migrate.PRECISION, migrate.PRECISION_SWITCHES, migrate.MODEL_SWITCHES,
+            migrate.RUN_SWITCHES, migrate.SILENT, migrate_flags.READ]
+    assert sum(map(len, read)) == len(set().union(*read))
+
+
+WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-size 8 --micro-batch-size 1"
+
+
+@pytest.mark.parametrize("flags, ours", [
+    ("--num-experts 8 --moe-router-topk 4 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type seq_aux_loss "
+     "--moe-router-pre-softmax --moe-grouped-gemm --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2",
+     {"mesh.ep": 2, "model.moe": {"experts": 8, "top_k": 4, "normalize": False, "sequence_loss": 0.01}}),
+    ("--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 12 --qk-pos-emb-head-dim 4 --v-head-dim 8 --mtp-num-layers 1",
+     {"model.kv_lora": 16, "model.hd": 16, "model.rope_hd": 4, "model.v_hd": 8, "model.mtp": 1}),
+    ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2",
+     {"mesh.pp": 2, "pipeline.schedule": "interleaved_1f1b", "pipeline.virtual": 2}),
+    ("--train-samples 800 --lr-warmup-samples 80 --lr-decay-samples 400 --rampup-batch-size 2 2 40",
+     {"training.steps": 100, "optimizer.unit": "samples", "optimizer.warmup": 80, "optimizer.decay_steps": 320,
+      "training.rampup_batch": (2, 2, 40)}),
+    ("--start-weight-decay 0.0 --end-weight-decay 0.1 --weight-decay-incr-style cosine --use-checkpoint-opt_param-scheduler",
+     {"optimizer.weight_decay_start": 0.0, "optimizer.weight_decay": 0.1, "optimizer.weight_decay_shape": "cosine",
+      "optimizer.on_resume": "restore"}),
+    ("--exit-duration-in-mins 30 --exit-interval 50 --rerun-mode validate_results --wandb-project p --wandb-exp-name n",
+     {"run.minutes": 30.0, "run.exit_interval": 50, "faults.rerun": True, "log.wandb": "p", "run.name": "n"}),
+    ("--non-persistent-save-interval 10 --non-persistent-ckpt-type local --non-persistent-local-ckpt-dir /disk --replication "
+     "--replication-jump 4 --replication-factor 3",
+     {"local.interval": 10, "local.folder": "/disk", "local.jump": 4, "local.factor": 3}),
+    ("--profile --profile-step-start 3 --profile-step-end 5 --profile-ranks 0 1 --train-iters 9 --log-params-norm",
+     {"profile.steps": (4, 5), "profile.ranks": (0, 1), "monitors.norms": 1}),
+    ("--fp8-format hybrid --fp8-recipe tensorwise --bf16", {"fp8.recipe": "tensorwise", "fp8.format": "hybrid"}),
+    ("--data-path 0.3 /a 0.7 /b", {"data.blend": {"/a": 0.3, "/b": 0.7}}),
+])  # fmt: skip
+def test_megatron_flags_that_say_a_thing_together(flags, ours, tmp_path):
+    (tmp_path / "pretrain.sh").write_text(f"{WHOLE} {flags}")
+    text, unknown = migrate.convert_config(str(tmp_path / "pretrain.sh"))
+    assert unknown == []
+    (tmp_path / "ours.toml").write_text(text)
+    run = config.load(tmp_path / "ours.toml")
+    for key, value in ours.items():
+        group, name = key.split(".")
+        assert (run.model.overrides[name] if group == "model" else getattr(getattr(run, group), name)) == value, key
 
 
 @pytest.mark.parametrize("flags, ours", [
@@ -203,6 +246,12 @@ data_parallel_replicate_degree = 1
 data_parallel_shard_degree = -1
 tensor_parallel_degree = 2
 enable_async_tensor_parallel = true
+pipeline_parallel_degree = 2
+pipeline_parallel_schedule = "Interleaved1F1B"
+[comm]
+train_timeout_seconds = 90
+[metrics]
+enable_wandb = true
 [checkpoint]
 interval = 500
 last_save_model_only = true
@@ -222,6 +271,8 @@ def test_torchtitan_toml_becomes_ours(tmp_path, capsys):
     assert run.model.preset == "llama3:debug" and run.mesh.tp == 2 and run.mesh.dp == -1 and run.data.seq == 2048
     assert (run.optimizer.schedule, run.optimizer.decay_steps) == ("wsd", 8) and run.optimizer.min_lr == pytest.approx(8e-5)
     assert run.checkpoint.last_model_only and run.checkpoint.export_dtype == "bf16" and run.checkpoint.background
+    assert (run.mesh.pp, run.pipeline.schedule, run.pipeline.virtual) == (2, "interleaved_1f1b", 2)
+    assert run.faults.train_timeout == 90 and run.log.wandb == "torchtitan"
     lost = {line.split(": ")[1].split(" = ")[0] for line in said.splitlines()}
     assert lost == {"training.local_batch_size", "parallelism.enable_async_tensor_parallel"}
     assert tomllib.loads(out)["training"]["remat"] == "selective"
