@@ -14,7 +14,7 @@ from fmegatron.config import imported
 from fmegatron.data import inspect as look
 from fmegatron.data import mds, tokenizers, verify
 from fmegatron.data.indexed import IndexedDataset, IndexedWriter
-from fmegatron.data.prepare import Counts, tokenize
+from fmegatron.data.prepare import Counts, outputs, tokenize
 from fmegatron.data.prepare import Progress as Told
 from fmegatron.data.text import Source, documents
 
@@ -42,7 +42,8 @@ def tokenize_files(
     with bar() as told:
         counts = tokenize(sources(files), output, tokenizer, append_eod, workers, told, keys,
                           split_sentences=split_sentences, splitter=splitter)  # fmt: skip
-    print(f"{output}.bin: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes of text")
+    written = ", ".join(f"{prefix}.bin" for prefix in outputs(output, keys, split_sentences))
+    print(f"{written}: {counts.documents} documents, {counts.tokens} tokens, {counts.bytes} bytes of text")
 
 
 def sources(files: Sequence[str]) -> Iterable[Source]:

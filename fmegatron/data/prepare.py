@@ -75,7 +75,7 @@ def tokenize(
     if not how.keys or len(set(how.keys)) < len(how.keys):
         raise ValueError(f"keys {', '.join(how.keys) or 'none'}: name each key once")
     sources, paths = _paths(files)
-    with Parts.open(output, outputs(output, how), paths, how, part_bytes) as parts:
+    with Parts.open(output, outputs(output, how.keys, split_sentences), paths, how, part_bytes) as parts:
         return _write(records(sources, how.keys), parts, how, workers, progress)
 
 
@@ -104,10 +104,10 @@ def write_documents(
         return _write(found, parts, how, workers, progress)
 
 
-def outputs(prefix: str | Path, how: How) -> list[str]:
+def outputs(prefix: str | Path, keys: Sequence[str], split_sentences: bool) -> list[str]:
     """The prefixes that are written: one a key, named as Megatron's tool names them where there are several."""
-    level = "sentence" if how.splitter else "document"
-    return [str(prefix)] if len(how.keys) == 1 else [f"{prefix}_{key}_{level}" for key in how.keys]
+    level = "sentence" if split_sentences else "document"
+    return [str(prefix)] if len(keys) == 1 else [f"{prefix}_{key}_{level}" for key in keys]
 
 
 def _write(found: Iterator[Record], parts: Parts, how: How, workers: int, progress: Progress | None) -> Counts:

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple, cast
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 HELD_OUT = 0.05
 LARGEST = 2**31 - 1  # bytes of a document: more tokens than that no sequence can hold
-LINES = (".jsonl", ".ndjson")
+LINES = (".jsonl", ".ndjson", ".json")
 
 Source = str | Path | Mapping[str, Any]  # a file, or a document itself
 
@@ -44,7 +44,7 @@ class Record(NamedTuple):
 def documents(sources: Iterable[Source], key: str = "text") -> Iterator[Document]:
     """The documents of files, or dicts, in order.
 
-    `.jsonl` and `.ndjson` hold one object a line with its text under `key`, `.parquet` a column `key`; any other file is
+    `.jsonl`, `.ndjson` and `.json` hold one object a line with its text under `key`, `.parquet` a column `key`; any other file is
     one document. `.gz` and `.zst` behind a name are decompressed. Raises ValueError naming file and line for what is
     damaged, not UTF-8, not JSON, or has no such text.
     """
@@ -60,7 +60,7 @@ def records(sources: Iterable[Source], keys: Sequence[str]) -> Iterator[Record]:
             continue
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"{path} is not a file")
+            raise ValueError(f"{source} is not a file of this machine")
         if path.suffix == ".parquet":
             yield from _rows(path, keys)
             continue

@@ -85,6 +85,9 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     out = capsys.readouterr().out
     assert "2 documents, 2 sequences, 16 tokens" in out and "tokens 0 to 6 of 6 ──\nhello\n── document 1" in out
     assert Path("c.lengths.png").is_file()
+    Path("d.jsonl").write_text('{"x": "a", "y": "b"}')
+    assert cli.main("tokenize d.jsonl --output d --key x,y --tokenizer byte".split()) == 0
+    assert "d_x_document.bin, d_y_document.bin: 1 documents" in capsys.readouterr().out and Path("d_y_document.bin").is_file()
     for words, said in (("data", "expected inspect|verify|merge|convert PREFIX, got nothing"),
                         ("data inspect a b", "expected inspect|verify|merge|convert PREFIX, got inspect a b"),
                         ("data verify gone", "gone.idx does not exist")):  # fmt: skip

@@ -19,6 +19,8 @@ def test_plain_files_and_jsonl(tmp_path: Path) -> None:
     read = list(documents([tmp_path / "b.jsonl", tmp_path / "a.txt"]))
     assert [text for _, text in read] == ["one", "twö", "é\r\n"]
     assert read[1].source == f"{tmp_path}/b.jsonl:3"
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.json")  # lines too, as Megatron's tool takes it: not one document of braces
+    assert [text for _, text in documents([tmp_path / "b.json"])] == ["one", "twö"]
 
 
 @pytest.mark.parametrize(
