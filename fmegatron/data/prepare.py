@@ -160,7 +160,9 @@ def _encoded(chunks: Iterator[list[Record]], how: How, workers: int) -> Iterator
     context.set_forkserver_preload([__name__])
     pickled = pickle.dumps(how)  # once; a worker unpickles it once
     waiting: deque[Future[Encoded]] = deque()
-    with ProcessPoolExecutor(workers, context, _alone) as pool:
+    # The processes are the parallelism.
+    variables = {"TOKENIZERS_PARALLELISM": "false", **sentence.environment(how.splitter)}
+    with ProcessPoolExecutor(workers, context, _begin, (variables,)) as pool:
         try:
             for chunk in chunks:  # a window of tasks, so that a slow writer does not fill the memory
                 waiting.append(pool.submit(_work, pickled, chunk))
@@ -211,8 +213,8 @@ def _ids(tokenizer: Tokenizer, texts: list[str], pieces: list[list[str]], chunk:
         raise
 
 
-def _alone() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+def _begin(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 @lru_cache(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -45,3 +46,10 @@ def splitter(name: str) -> Callable[[str], list[str]]:
         return [found for at in range(0, len(text), STRETCH) for found in model.tokenize(text[at : at + STRETCH])]
 
     return split
+
+
+def environment(name: str | None) -> dict[str, str]:
+    """The variables by which another process finds what `splitter(name)` finds in this one."""
+    if name is None or not name.startswith("punkt"):
+        return {}
+    return {"NLTK_DATA": os.pathsep.join(map(str, needed("nltk.data", f"splitter {name}").path))}

@@ -44,7 +44,7 @@ class Record(NamedTuple):
 def documents(sources: Iterable[Source], key: str = "text") -> Iterator[Document]:
     """The documents of files, or dicts, in order.
 
-    `.jsonl`, `.ndjson` and `.json` hold one object a line with its text under `key`, `.parquet` a column `key`; any other file is
+    `.jsonl`, `.ndjson`, `.json` hold one object a line, its text under `key`, `.parquet` a column `key`; any other file is
     one document. `.gz` and `.zst` behind a name are decompressed. Raises ValueError naming file and line for what is
     damaged, not UTF-8, not JSON, or has no such text.
     """

@@ -67,6 +67,8 @@ def test_any_changed_byte_is_found(documents: list[list[int]], end: str, at: int
 def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
     data = write(tmp_path / "x", [[1, 2], [], [3, 300, 4]])
     check_ids(data, 301)
+    with pytest.raises(ValueError, match="id 300 in sequence 2, but the vocabulary ends at 299"):
+        check_ids(data, 300)
     with pytest.raises(ValueError, match=r"x.bin at byte 6: id 300 in sequence 2, but the vocabulary ends at 256"):
         verify(tmp_path / "x", tokenizers.load("byte").vocab_size)
     (tmp_path / "x.sha256").write_text("nonsense\n")

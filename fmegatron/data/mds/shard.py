@@ -25,16 +25,16 @@ class Shard(Sequence[Sample]):
     """A read-only sequence of samples, {column: value}, mapped from disk.
 
     Raises ValueError, naming file and offset, where the file is not what the index says. Hashes are checked where a file
-    is fetched (`cache.py`), not here.
+    is fetched (`cache.py`), not here. `data`: the file's bytes, where it does not lie on the disk.
     """
 
-    def __init__(self, path: str | Path, info: ShardInfo, *, allow_unsafe: bool = False) -> None:
+    def __init__(self, path: str | Path, info: ShardInfo, *, allow_unsafe: bool = False, data: bytes | None = None) -> None:
         self.path, self.info = Path(path), info
         try:
             self.columns = info.columns(allow_unsafe)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        self._data = _mapped(self.path, info.raw_data.bytes)
+        self._data = _mapped(self.path, info.raw_data.bytes) if data is None else np.frombuffer(data, np.uint8)
         self._offsets = self._read_offsets()
         self._sizes = [known.size for _, known in self.columns]
         self._head = 4 * self._sizes.count(None)

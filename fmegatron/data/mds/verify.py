@@ -12,7 +12,7 @@ from fmegatron.data.mds.shard import Shard
 def verify(folder: str | Path, *, allow_unsafe: bool = False) -> str:
     """Sizes, every hash and every sample of a folder's shards; what was found, in a line. Raises ValueError at the first fault.
 
-    A shard may lie there packed, unpacked, or both; a packed one alone is unpacked in memory, for its size.
+    A shard may lie there packed, unpacked, or both; a packed one is unpacked in memory.
     """
     place = Place(Path(folder))
     infos = place.read_index(0, None)
@@ -27,11 +27,11 @@ def verify(folder: str | Path, *, allow_unsafe: bool = False) -> str:
             hashes += len(file.hashes)
             if file is info.zip_data and info.compression:
                 try:
-                    decompress(info.compression, data, info.raw_data.bytes)
+                    data = decompress(info.compression, data, info.raw_data.bytes)
                 except ValueError as error:
                     raise ValueError(f"{place.local / file.basename}: {error}") from None
-        if info.raw_data in here or not here:
-            samples += len(list(Shard(place.local / info.raw_data.basename, info, allow_unsafe=allow_unsafe)))
-    total = sum(info.samples for info in infos)
-    packed = "" if samples == total else f", {total - samples} of them in packed shards and not decoded"
-    return f"{folder}: {len(infos)} shards, {total} samples{packed}, {hashes} hashes: as the index says"
+            count = sum(1 for _ in Shard(place.local / file.basename, info, allow_unsafe=allow_unsafe, data=data))
+        if not here:
+            Shard(place.local / info.raw_data.basename, info)  # raises: it is not there
+        samples += count
+    return f"{folder}: {len(infos)} shards, {samples} samples, {hashes} hashes: as the index says"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["data", "convert", a, "--to", "mds", "--output", folder, "--compression", "gz:3", "--hashes", "sha1"]) == 0
     assert "2 documents" in capsys.readouterr().out and (tmp_path / "mds/shard.00000.mds.gz").is_file()
     assert cli.main(["data", "verify", folder]) == 0
-    assert "1 shards, 2 samples, 2 of them in packed shards and not decoded, 1 hashes" in capsys.readouterr().out
+    assert "1 shards, 2 samples, 1 hashes" in capsys.readouterr().out
     assert cli.main(["data", "convert", folder, "--to", "bin", "--output", b]) == 0
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
     assert cli.main(["data", "verify", folder]) == 0
@@ -51,6 +53,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "shard.00000.mds: sha1 is" in capsys.readouterr().err
     assert cli.main(["data", "convert", str(tmp_path / "nope"), "--to", "bin", "--output", b]) == 2
     assert "nope/index.json does not exist" in capsys.readouterr().err
+
+
+def test_samples_in_packed_shards_are_decoded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fault that unpacks, and that no hash tells."""
+    with IndexedWriter(tmp_path / "a", "uint16") as out:
+        out.add_documents([[1, 2, 3], [4, 5]])
+    folder = tmp_path / "mds"
+    to_mds(tmp_path / "a", folder, compression="gz:3", hashes=())
+    packed, index = folder / "shard.00000.mds.gz", json.loads((folder / "index.json").read_text())
+    raw = bytearray(gzip.decompress(packed.read_bytes()))
+    raw[4] ^= 1  # where the first sample begins
+    packed.write_bytes(gzip.compress(bytes(raw)))
+    index["shards"][0]["zip_data"]["bytes"] = packed.stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+    assert cli.main(["data", "verify", str(folder)]) == 2
+    assert "shard.00000.mds.gz" in capsys.readouterr().err
 
 
 def test_what_is_no_token_file_is_refused(tmp_path: Path) -> None:
