@@ -1,8 +1,9 @@
 """Indices, tokenizing and rows beside megatron-core and tokenizers, interleaved in one process; memory in processes of its own.
 
-    python benchmarks/data.py [--only index,text,rows,memory] [--rounds 7] [--results benchmarks/RESULTS.md]
+    python benchmarks/data.py [--only index,text,rows,memory,mds,loader] [--rounds 7] [--results benchmarks/RESULTS.md]
 
-Each part takes less than two minutes of an idle machine, and prints as it goes. `datasets` is raced where it is installed.
+Each part takes less than two minutes of an idle machine, and prints as it goes. `mds` and `loader` are what the scripts of
+these names print: mosaicml-streaming, and what a training step waits. `datasets` is raced where it is installed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fmegatron.data.gpt_indices import _sample_index
 
 DOCUMENTS, TOKENS, SEQ = 1_000_000, 1_000_000_000, 2048
 ROWS = 500
-PARTS = ("index", "text", "rows", "memory")
+PARTS = ("index", "text", "rows", "memory", "mds", "loader")
 
 
 def lengths_of(documents: int, tokens: int) -> np.ndarray:
@@ -183,6 +184,13 @@ def sample_rows(folder: Path, rounds: int) -> list[tuple[str, Any, Any]]:
     return [(what, *race(read(rows.row), read(theirs.__getitem__), rounds)) for what, rows in names]
 
 
+def alone(part: str) -> list[str]:
+    """The section that another script prints, but for its title."""
+    words = [sys.executable, str(Path(__file__).with_name(f"{part}.py"))]
+    printed = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return printed.partition("## ")[2].splitlines()[2:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -222,6 +230,8 @@ def main() -> None:
     lines = [f"## {datetime.datetime.now():%Y-%m-%d %H:%M}  `python {' '.join(sys.argv)}`", "", report.machine(), "",
              f"One core a side; index of {what}. Ours / theirs, below 1 is less, median of rounds [95 % interval]:", "",
              *report.table(["", "ours / theirs", "ours ms", "theirs ms"], body), "", *notes, ""]  # fmt: skip
+    for part in [part for part in ("mds", "loader") if part in args.only.split(",")]:
+        lines += [f"`python benchmarks/{part}.py`:", "", *alone(part)]
     print("\n".join(lines))
     if args.results:
         args.results.write_text(args.results.read_text() + "\n" + "\n".join(lines))

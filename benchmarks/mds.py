@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]
             body.append([what, "{:.2f} [{:.2f}, {:.2f}]".format(*found[what]), *rates])
     lines = [f"## {time.strftime('%Y-%m-%d %H:%M')}  `python benchmarks/mds.py`", "", machine(), ""]
     lines += [f"Samples of {SEQ + 1} uint16 tokens. Samples a second, ours / theirs (above 1 is faster), median of rounds "
-              "[95 % interval]; the machine was loaded by others:", ""]  # fmt: skip
+              "[95 % interval]:", ""]  # fmt: skip
     lines += [*table(["", "ours / theirs", "ours samples/s", "mosaicml-streaming samples/s"], body), ""]
     print("\n".join(lines))
     if options.save is not None:
