@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import gpu_rows
@@ -104,9 +105,8 @@ class Turns:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
 
 
-def race(row: Row, how: Turns, profile: Path | None) -> dict[str, Found]:
-    """Every participant's numbers; one that fails says why, and the others go on. profile: a folder for the first one's."""
-    found = {name: Found() for name in row.who}
+def race(row: Row, how: Turns, found: dict[str, Found]) -> Participant | None:
+    """Fill in every participant's numbers; one that fails says why, and the others go on. Returns the first, where it runs."""
     made: dict[str, Participant] = {}
     for turn in range(how.turns):
         if turn and how.left() < 1.3 * sum(f.turn for f in found.values()) + 10:
@@ -127,12 +127,17 @@ def race(row: Row, how: Turns, profile: Path | None) -> dict[str, Found]:
             if how.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-    first = made.get(row.who[0])
-    if profile is not None and first is not None and how.left() > 30:
+    return made.get(row.who[0]) if row.who else None
+
+
+def look(row: Row, first: Participant, how: Turns, folder: Path, tell: Tell) -> None:
+    """A profile of the first participant; of one that fails the reason."""
+    try:
         first.wake()
-        profiled(first.step, how.device, profile, row.name.replace(" ", "-").replace(",", ""))
+        profiled(first.step, how.device, folder, row.name.replace(" ", "-").replace(",", ""))
         first.sleep()
-    return found
+    except Exception as error:
+        tell(f"\nno profile of {row.name}: {said(error)}\n")
 
 
 def said(error: Exception) -> str:
@@ -204,17 +209,21 @@ def lines(row: Row, found: dict[str, Found], plan: int, name: str) -> list[str]:
             *cells, "; ".join(ratios) + (f" LOSS {f.loss:.3f}, others {middle:.3f}" if away else ""),
             f"{mid * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})", f"{row.batch * row.seq / mid:,.0f}",
             ", ".join(f"{rate:.1f}" for rate in rates), ", ".join(used), f"{f.peak / 1e9:.1f}" if f.peak else "-",
-            f"{plan / 1e9:.1f}" if who == "fmegatron" else "", f"{f.first:.1f}",
+            f"{plan / 1e9:.1f}" if who == "fmegatron" and plan else "", f"{f.first:.1f}",
         ]) + " |")  # fmt: skip
     return out
 
 
-def deadline(seconds: float, tell: Tell) -> threading.Timer:
-    """A timer that ends the process, whatever it does, with what was written so far."""
+def deadline(seconds: float, tell: Tell, under_way: list[Callable[[], list[str]]]) -> threading.Timer:
+    """A timer that ends the process, whatever it does, with what was found so far, also of the row under way."""
 
     def end() -> None:
-        tell("\nCut off: the minutes are over, the row under way is lost.\n")
-        os._exit(0)
+        try:
+            for line in under_way[-1]() if under_way else ():
+                tell(line)
+        finally:
+            tell("\nCut off: the minutes are over; the last row is what was found until then.\n")
+            os._exit(0)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -246,15 +255,17 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> dict[
             with args.to.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    timer = deadline(left() - 5, tell)
+    under_way: list[Callable[[], list[str]]] = []
+    timer = deadline(left() - 5, tell, under_way)
     try:
-        return measured(args, device, left, tell, sys.argv[1:] if argv is None else argv)
+        return measured(args, device, left, tell, under_way, sys.argv[1:] if argv is None else argv)
     finally:
         timer.cancel()
 
 
 def measured(
-    args: argparse.Namespace, device: str, left: Callable[[], float], tell: Tell, words: Sequence[str]
+    args: argparse.Namespace, device: str, left: Callable[[], float], tell: Tell, under_way: list[Callable[[], list[str]]],
+    words: Sequence[str],
 ) -> dict[str, dict[str, Found]]:
     """The rows, one after the other."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -276,11 +287,22 @@ def measured(
             continue
         who = tuple(x for x in row.who if not args.who or x in args.who.split(","))
         row = replace(row.tiny if args.smoke else row, who=who)
-        if row.grows:
-            row = grown(row, 0.75 * torch.cuda.get_device_properties(0).total_memory)
-        done[row.name] = race(row, how, args.profile if len(done) < 2 else None)
-        for line in lines(row, done[row.name], planned(row), name):
+        try:
+            if row.grows:
+                row = grown(row, 0.75 * torch.cuda.get_device_properties(0).total_memory)
+            plan = planned(row)
+        except Exception as error:  # the planner's mistake costs its column, and a row that it sizes
+            plan = 0
+            tell(f"\nnot planned, {row.name}: {said(error)}\n")
+            if row.grows:
+                continue
+        done[row.name] = found = {x: Found() for x in row.who}
+        under_way.append(partial(lines, row, found, plan, name))
+        first = race(row, how, found)
+        for line in under_way.pop()():
             tell(line)
+        if args.profile is not None and len(done) < 3 and first is not None and left() > 30:
+            look(row, first, how, args.profile, tell)
     if late:
         tell(f"\nLeft out, no time: {', '.join(late)}\n")
     return done

@@ -1,20 +1,21 @@
 """The decoder of a config as one writes it by hand in plain torch: what this library is raced against.
 
-Parameters lie as torch's modules have them, matrices [out, in]; `fill` copies this library's into them.
+Parameters lie as torch's modules have them, matrices [out, in]; `fill` copies this library's into them. Importing it imports
+torch alone, so that a peer's process pays for nothing else.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fmegatron import tree
-from fmegatron.models import Config
+if TYPE_CHECKING:
+    from fmegatron.models import Config
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -119,6 +120,8 @@ class Llama(nn.Module):
 
 def matrices(params: Any) -> dict[str, Tensor]:
     """This library's parameters under the names and in the shapes of `Llama`."""
+    from fmegatron import tree
+
     found = {}
     for path, x in tree.to_paths(params).items():
         if not path.startswith("layers."):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from shapes import ADAMW as A
@@ -65,51 +65,18 @@ def fmegatron(shape: Shape, dtype: str, compile: bool, remat: str) -> Step:
 
 # -- torch modules --------------------------------------------------------------------------------------------------
 def module(shape: Shape, dtype: str) -> Step:
-    """A Llama as one writes it by hand, compiled whole."""
+    """A Llama as one writes it by hand (llama.py), compiled whole."""
     import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+    from llama import Llama
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            s, linear = shape, partial(nn.Linear, bias=False)
-            self.attn_norm, self.mlp_norm = nn.RMSNorm(s.embed, eps=1e-5), nn.RMSNorm(s.embed, eps=1e-5)
-            self.q, self.o = linear(s.embed, s.heads * s.hd), linear(s.heads * s.hd, s.embed)
-            self.k, self.v = linear(s.embed, s.kv * s.hd), linear(s.embed, s.kv * s.hd)
-            self.gate, self.up, self.down = linear(s.embed, s.mlp), linear(s.embed, s.mlp), linear(s.mlp, s.embed)
-
-        def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            x = self.attn_norm(h)
-            q, k, v = (y.unflatten(-1, (-1, shape.hd)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
-            q, k = (rotate(y, cos, sin) for y in (q, k))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            h = h + self.o(y.transpose(1, 2).flatten(2))
-            x = self.mlp_norm(h)
-            return h + self.down(F.silu(self.gate(x)) * self.up(x))
-
-    class Llama(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(shape.vocab, shape.embed)
-            self.layers = nn.ModuleList(Block() for _ in range(shape.layers))
-            self.norm = nn.RMSNorm(shape.embed, eps=1e-5)
-            self.head = nn.Linear(shape.embed, shape.vocab, bias=False)
-
-        def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-            pairs = torch.arange(0, shape.hd, 2, dtype=torch.float32) / shape.hd
-            angles = torch.arange(shape.seq)[:, None] / 10000.0**pairs
-            h, cos, sin = self.embed(ids), angles.cos(), angles.sin()
-            for layer in self.layers:
-                h = layer(h, cos, sin)
-            return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), labels.flatten())
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-    places = {"attn_norm": "attn_norm", "mlp_norm": "mlp_norm"} | {n: n for n in ("q", "k", "v", "o", "gate", "up", "down")}
-    llama = Llama()
+    s = shape
+    sizes: Any = SimpleNamespace(
+        layers=s.layers, embed=s.embed, heads=s.heads, kv=s.kv, head_dim=s.hd, mlp=s.mlp, vocab=s.vocab, norm_eps=1e-5,
+        rope_base=10000.0, tied=False, moe=None, block_mlp=SimpleNamespace(gated=True),
+    )  # fmt: skip
+    places = {name: name for name in ("attn_norm", "mlp_norm", "q", "k", "v", "o")}
+    places |= {name: f"mlp.{name}" for name in ("gate", "up", "down")}
+    llama = Llama(sizes)
     fill(llama, shape, "layers.{i}.{name}.weight", places, {"embed": "embed", "norm": "norm", "head": "head"})
     return with_adamw(llama, torch.compile, lambda model, ids, labels: model(ids, labels), shape, dtype)
 

@@ -47,14 +47,21 @@ class Seen:
 
 
 def choose(q: Tensor, seen: Seen, softcap: float | None, sink: Tensor | None) -> Choice:
-    """The kernel for queries [batch, seq, heads, hd]; `varlen` wants ids of documents that never come back in a row."""
+    """The kernel for queries [batch, seq, heads, hd]; varlen_attn wants documents whose tokens are neighbours: ids are read."""
     plain = seen.window is None and seen.place is None and seen.document is None
     if softcap is None and sink is None and plain:
         return "sdpa"
     narrow = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     if softcap is None and sink is None and seen.place is None and q.is_cuda and narrow and windows_of_varlen():
-        return "varlen"
+        if seen.document is None or not comes_back(seen.document):
+            return "varlen"
     return "flex" if q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16 else "dense"
+
+
+def comes_back(document: Tensor) -> bool:
+    """Whether in some row [batch, seq] a document's tokens are not neighbours: it has more runs than it has ids."""
+    ids = document.sort(-1).values
+    return bool(((document.diff(dim=-1) != 0).sum(-1) > (ids.diff(dim=-1) != 0).sum(-1)).any())
 
 
 def windows_of_varlen() -> bool:
@@ -128,7 +135,8 @@ def flex(
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, kernel: Callable[..., Any] | None = None) -> Tensor:
-    """varlen_attn of [batch, seq, heads, hd], each row's documents one after the other. kernel: in place of torch's."""
+    """varlen_attn of [batch, seq, heads, hd], each row's documents one after the other: one that comes back would be two, so
+    `choose` does not ask it then. kernel: in place of torch's."""
     run: Any = kernel
     if run is None:
         from torch.nn.attention.varlen import varlen_attn

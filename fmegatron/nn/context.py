@@ -88,9 +88,9 @@ def attend(
         rows = dropout.of_scores(sh, random.fold_in(key, "scores"), queries, v["sample"], tokens.here)
         tokens = tokens._replace(rows=rows)
     if not around and part_of(exact, along) == "all" and "cache" not in v:
-        seen = seen_of(sh, attn, queries, keys, tokens, sink)
-        if seen is not None:
-            return unmasked(sh, attn, queries, keys, values, seen, sink)
+        seen, by = seen_of(sh, attn, queries, keys, tokens, sink)
+        if by is not None:
+            return unmasked(sh, attn, queries, keys, values, seen, by, sink)
     if not around:
         return whole(sh, attn, queries, keys, values, tokens, sink, n, part_of(exact, along))
     if len(around) > 1:
@@ -120,33 +120,35 @@ def part_of(exact: bool, along: tuple[str, ...]) -> str:
 
 def seen_of(
     sh: Sharding, attn: Attention, queries: Tensor, keys: Tensor, tokens: ring.Tokens, sink: Tensor | None
-) -> Seen | None:
-    """What queries see of as many keys, where a kernel of torch takes that as it is, and no mask need exist; else None.
+) -> tuple[Seen, attention.Choice | None]:
+    """What queries see of as many keys, and the kernel of torch that takes that as it is, without a mask; else None.
 
     Eager blocks with kernels "triton" alone: varlen_attn asks for the number of documents, flex_attention compiles itself.
     """
-    watched = (attn.clip and sh.taps is not None) or sh.watches("attention")
-    if sh.kernels != "triton" or watched or inside_transform() or compiling() or tokens.rows is not None:
-        return None
-    if queries.shape[1] != keys.shape[1] or attn.undo != 1.0 or sh.zigzag > 1 or attn.sink == "one":
-        return None
     window = attn.window if attn.window is not None and attn.window < keys.shape[1] else None
     seen = Seen(attn.causal, window, tokens.order, tokens.documents)
-    return seen if attention.choose(queries, seen, attn.softcap, sink) in ("varlen", "flex") else None
+    watched = (attn.clip and sh.taps is not None) or sh.watches("attention")
+    if sh.kernels != "triton" or watched or inside_transform() or compiling() or tokens.rows is not None:
+        return seen, None
+    if queries.shape[1] != keys.shape[1] or attn.undo != 1.0 or sh.zigzag > 1 or attn.sink == "one":
+        return seen, None
+    by = attention.choose(queries, seen, attn.softcap, sink)
+    return seen, by if by in ("varlen", "flex") else None
 
 
 def unmasked(
-    sh: Sharding, attn: Attention, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen, sink: Tensor | None
-) -> Tensor:
-    """Attention by the kernel that `kernels.attention` chooses; by the definition where remat runs it again in a transform."""
+    sh: Sharding, attn: Attention, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen, by: attention.Choice,
+    sink: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention by the kernel that `kernels.attention` chose; by the definition where remat runs it again in a transform."""
     found = {"sink": sink, "place": seen.place, "document": seen.document}
     given = {name: x for name, x in found.items() if x is not None}
 
     def core(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         g = dict(zip(given, rest, strict=True))
         here = replace(seen, place=g.get("place"), document=g.get("document"))
-        by: attention.Choice | None = "dense" if inside_transform() else None
-        return attention.attend(q, k, v, here, scale=attn.scale, softcap=attn.softcap, sink=g.get("sink"), by=by)
+        how: attention.Choice = "dense" if inside_transform() else by
+        return attention.attend(q, k, v, here, scale=attn.scale, softcap=attn.softcap, sink=g.get("sink"), by=how)
 
     return sh.remat("core_attention", sh.local(core, f"{QUERIES} -> {QUERIES}"), queries, keys, values, *given.values())
 

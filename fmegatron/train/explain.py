@@ -34,7 +34,7 @@ from fmegatron.train.leaves import Leaf
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
 from fmegatron.train.rehearsal import Rehearsal, local_shape, rehearse
 from fmegatron.train.step import Plan
-from fmegatron.train.weights import gathered_low, node_leaves
+from fmegatron.train.weights import EIGHT, gathered_low, node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree
 
@@ -195,7 +195,7 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
                 compute=str(leaf.compute),
                 storage=str(leaf.storage),
                 optimizer=str(leaf.optimizer),
-                compute_bytes=local[0] * dtype.itemsize,
+                compute_bytes=local[0] * (1 if EIGHT in low.get(path, ()) else dtype.itemsize),
                 storage_bytes=local[1] * torch.float32.itemsize,
                 optimizer_bytes=state[path],
                 gradient_bytes=local[2] * torch.float32.itemsize,

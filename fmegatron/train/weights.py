@@ -28,6 +28,8 @@ from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf
 from fmegatron.tree import Tree
 
+EIGHT = "gathered in 8 bits"  # a note of a leaf
+
 
 def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
     """{path inside the node's parameters: leaf}, for what a node reads."""
@@ -54,7 +56,7 @@ def gathered_low(chain: Sequence[Node], leaves: dict[str, Leaf]) -> dict[str, tu
         for name, recipe in node.low:
             low = travels_low(node, name, own[name]) is not None
             if own[name].gather:
-                say = "gathered in 8 bits" if low else f"gathered whole: {recipe.name} has no one scale to gather by"
+                say = EIGHT if low else f"gathered whole: {recipe.name} has no one scale to gather by"
                 found[own[name].path] = (say,)
     return found
 

@@ -67,8 +67,23 @@ def test_rows_that_do_not_fit_into_the_time_are_named(capsys):
 def test_the_command_ends_itself_when_its_minutes_are_over(monkeypatch):
     gpu_train, ended, told = load("gpu_train"), threading.Event(), []
     monkeypatch.setattr(gpu_train.os, "_exit", lambda code: ended.set())
-    gpu_train.deadline(0.01, told.append)
-    assert ended.wait(5) and "Cut off" in told[0]
+    gpu_train.deadline(0.01, told.append, [lambda: ["| what was found |"]])
+    assert ended.wait(5) and told[0] == "| what was found |" and "Cut off" in told[1]
+
+
+def test_a_row_that_cannot_be_planned_or_profiled_is_raced(monkeypatch, tmp_path, capsys):
+    gpu_train = load("gpu_train")
+
+    def broken(*given):
+        raise RuntimeError("no such thing")
+
+    for name in ("planned", "profiled"):
+        monkeypatch.setattr(gpu_train, name, broken)
+    words = ["--smoke", "--only", "1B", "--who", "module", "--profile", str(tmp_path), "--to", str(tmp_path / "rows.md")]
+    assert gpu_train.main(words)["1B"]["module"].turns
+    said = capsys.readouterr().out
+    assert "not planned, 1B: RuntimeError" in said and "no profile of 1B: RuntimeError" in said
+    assert (tmp_path / "rows.md").read_text() == said
 
 
 def test_one_that_fails_is_said_and_the_others_go_on(monkeypatch):
@@ -94,7 +109,8 @@ def test_one_that_fails_is_said_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(gpu_rows, "make", make)
     row = gpu_rows.Row("x", Config(1, 8, 1, 8, 8), 1, 8, ("good", "never", "late", "unmade"), 0)
     how = gpu_train.Turns("cpu", False, 3, 0, 2, lambda: 1e9)
-    found = gpu_train.race(row, how, None)
+    found = {name: gpu_train.Found() for name in row.who}
+    gpu_train.race(row, how, found)
     assert [len(found[name].turns) for name in row.who] == [3, 0, 1, 0] and not awake
     assert found["never"].said == found["late"].said == "out of memory"
     assert found["unmade"].said == "ValueError: its Llama / has a gate"

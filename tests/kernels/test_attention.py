@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from cases import DEVICE
 from fmegatron.kernels import attention
 from fmegatron.kernels.attention import Seen
 from fmegatron.nn import attention as layer
-from fmegatron.nn import core
+from fmegatron.nn import context, core
 from fmegatron.nn.attention import Attention
-from fmegatron.sharding import SINGLE
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, spmd, thread_mesh, unshard
 from fmegatron.testing import assert_trees_all_close
 from fmegatron.train.remat import parse_remat
 
@@ -85,6 +86,24 @@ def test_the_choice():
     assert attention.choose(q, Seen(window=2), None, None) == attention.choose(q, Seen(), 3.0, None) == "dense"  # on CPU
 
 
+def on_cuda(q, seen, softcap, sink, real=attention.choose):
+    """What would be chosen on a GPU, in bf16."""
+    return real(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=q.shape), seen, softcap, sink)
+
+
+APART = torch.tensor([[0] * 5 + [1] * 6 + [0] * 10, [3] * 21], device=DEVICE)
+
+
+def test_documents_that_come_back_are_not_for_varlen():
+    """varlen_attn would take the two parts of one for two documents."""
+    q, k, v, _ = draw()
+    assert not attention.comes_back(DOCUMENT) and attention.comes_back(APART) and not attention.comes_back(DOCUMENT[:, :1])
+    assert on_cuda(q, Seen(document=DOCUMENT), None, None) == on_cuda(q, Seen(window=3), None, None) == "varlen"
+    assert on_cuda(q, Seen(document=APART), None, None) == on_cuda(q, Seen(window=3, document=APART), None, None) == "flex"
+    wrong = attention.varlen(q, k, v, Seen(document=APART), 0.3, by_document)
+    assert not torch.allclose(wrong, attention.attend(q, k, v, Seen(document=APART), scale=0.3, by="dense"))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_choice_on_a_gpu(pattern):
@@ -99,14 +118,14 @@ def test_the_choice_on_a_gpu(pattern):
         assert float((a.double() - b).abs().max() / b.abs().max()) < 3e-2
 
 
-def block(kernels, attn, remat=False):
+def block(kernels, attn, remat=False, document=DOCUMENT):
     """A layer's attention over packed documents, and its gradients."""
     torch.manual_seed(0)
     declared = {"q": (8, H, HD), "k": (8, KV, HD), "v": (8, KV, HD), "o": (H, HD, 8), "sink": (H,)}
     p = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in declared.items()}
     x = torch.randn(B, S, 8, dtype=torch.float64)
     sh = replace(SINGLE, kernels=kernels).recomputing(parse_remat("selective").recompute if remat else lambda name: None)
-    return layer.apply(sh, attn, p, x, {"documents.all": DOCUMENT.cpu()}, None), p
+    return layer.apply(sh, attn, p, x, {"documents.all": document.cpu()}, None), p
 
 
 @pytest.mark.parametrize("window, remat", [(5, False), (None, True)])
@@ -136,3 +155,41 @@ def test_sinks_and_soft_caps_ask_flex(monkeypatch):
         want = block("reference", attn)[0]
         monkeypatch.setattr(attention, "choose", lambda *given: "flex")
         assert_trees_all_close(block("triton", attn)[0], want, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_layer_over_documents_that_come_back(monkeypatch, window):
+    with torch.no_grad():
+        attn = Attention(scale=0.3, window=window)
+        want = block("reference", attn, document=APART)[0]
+        monkeypatch.setattr(attention, "choose", on_cuda)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_document)
+        assert_trees_all_close(block("triton", attn, document=APART)[0], want, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("form, zigzag", [("gather", True), ("ring", True), ("ulysses", False), ("ulysses", True)])
+def test_documents_that_come_back_on_a_mesh_with_cp(monkeypatch, form, zigzag):
+    """Every form sees what one device's mask shows; a kernel is asked only where a rank has whole queries in natural order."""
+    length, names, asked = 16, ["batch seq heads hd"] * 3, []
+
+    def forward(sh, q, k, v, document):
+        q, (k, v) = sh.relayout(q, f"batch seq heads hd -> {context.QUERIES}"), context.meet(sh, k, v, "heads")
+        y = context.attend(sh, Attention(scale=0.3), q, k, v, {"documents.all": context.table(sh, document)})
+        return sh.relayout(y, f"{context.QUERIES} -> batch seq heads hd")
+
+    def choose(*given):
+        asked.append(on_cuda(*given))
+        return asked[-1]
+
+    values = [*(x[:, :length, :, :].cpu() for x in draw()[:1] * 3), torch.tensor([[0, 1] * 4 + [0] * 8, [2] * 10 + [3] * 6])]
+    monkeypatch.setattr(attention, "choose", choose)
+    rules = replace(RULES["fsdp_tp"], attention=form, zigzag=("cp",) if zigzag else ())
+    with torch.no_grad():
+        want = forward(SINGLE.bind({"heads": H, "kv": H, "hd": HD}), *values)
+        sh = replace(Sharding(thread_mesh(cp=2), rules), kernels="triton").bind({"heads": H, "kv": H, "hd": HD})
+        local = [shard(sh, x, name) for x, name in zip(values, [*names, "batch seq"], strict=True)]
+        got = unshard(sh, spmd(sh, forward)(*local), names[0])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert set(asked) == ({"flex"} if (form, zigzag) == ("ulysses", False) else set())

@@ -9,12 +9,16 @@ import torch
 
 from fmegatron import optim, tree
 from fmegatron.data.batches import NAMES
+from fmegatron.kernels.quantize import recipe
 from fmegatron.models import Config, gpt
+from fmegatron.models.lower import lower
 from fmegatron.nn.moe import Moe
 from fmegatron.optim.host import arrays_of
 from fmegatron.plan.meter import Meter
 from fmegatron.plan.work import _period, first_layers, work_of
-from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard
+from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard, thread_mesh
+from fmegatron.sharding.traffic import counted
+from fmegatron.train.explain import explain
 from fmegatron.train.remat import parse_remat
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
@@ -29,10 +33,10 @@ def tx(model):
     return optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))
 
 
-def real(c, sh, tx=tx, donate=True, **settings):
+def real(c, sh, tx=tx, donate=True, make=gpt, **settings):
     """The most bytes alive in a step of real tensors, on the device and in host memory; on an abstract mesh only the peers
     are missing."""
-    model, meter = gpt(c), Meter()
+    model, meter = make(c), Meter()
     policy = replace(parse_remat(settings.pop("remat", "none")), copies=meter)
     rule = tx(model)
     state, step = init(model, rule, sh), make_step(model, rule, sh, donate=donate, remat=policy, **settings)
@@ -48,8 +52,16 @@ def real(c, sh, tx=tx, donate=True, **settings):
     return max(meter.peaks.values()), meter.host
 
 
-def predicted(c, sh, tx=tx, **settings):
-    work = work_of(gpt(c), sh, tx, batch=BATCH, fields=FIELDS, **({"donate": True} | settings))
+def run_once(model, sh, **settings):
+    """A step on real ranks."""
+    rule = tx(model)
+    tokens = torch.zeros(BATCH, dtype=torch.int64)
+    data = {"tokens": tokens, "labels": tokens}
+    make_step(model, rule, sh, **settings)(init(model, rule, sh), {k: shard(sh, x, "batch seq") for k, x in data.items()})
+
+
+def predicted(c, sh, tx=tx, make=gpt, **settings):
+    work = work_of(make(c), sh, tx, batch=BATCH, fields=FIELDS, **({"donate": True} | settings))
     return max(line(c.layers) for line in work.peaks.values()), work.host(c.layers)
 
 
@@ -81,6 +93,26 @@ def test_prediction_is_what_a_real_step_holds(remat, microbatches, dtype, rules,
     assert said == pytest.approx(measured, rel=0.10)
     assert said == pytest.approx(measured, rel=0.03)  # what it reaches
     assert (measured[1] > 0) == ("offload" in remat)
+
+
+def test_weights_gathered_in_eight_bits_count_a_byte_an_element():
+    """Memory of a real step, where gathered weights are what there is most of, and what a real one sends."""
+    found, c = {}, replace(C, layers=3, embed=128, mlp=512, vocab=64)
+    settings = {"remat": "none", "dtype": torch.bfloat16, "reshard": "never"}
+    there = Sharding(abstract_mesh(dp=4), RULES["fsdp"])
+    for gather in (False, True):
+        def make(c, gather=gather):
+            return lower(gpt(c), {"layers.*": recipe("tensorwise")}, gather=gather)
+
+        found[gather] = real(c, Sharding(on_cpu(dp=4), RULES["fsdp"]), make=make, **settings)
+    assert predicted(c, there, make=make, **settings) == pytest.approx(found[True], rel=0.01)
+    seen = explain(make(c), there, batch=BATCH, **settings)
+    assert {leaf.path: leaf.compute_bytes for leaf in seen.leaves}["layers.0.mlp.up"] == c.layers * 128 * 512
+    mesh, traffic = counted(thread_mesh(dp=4))
+    run_once(make(c), Sharding(mesh, RULES["fsdp"]), **settings)
+    assert {(row.collective, row.axis): row.bytes for row in seen.collectives} == {
+        key: size for key, (_, size) in traffic.counts().items()}
+    assert found[False][0] - found[True][0] > 0.035 * found[True][0]  # so that a plan of wide weights would be seen
 
 
 def test_what_is_not_kept_is_seen():
