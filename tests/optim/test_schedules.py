@@ -114,6 +114,7 @@ def test_increments_are_megatrons(shape):
 
 @pytest.mark.parametrize("sizes, at", [
     (optim.rampup(32, 16, 1000, 128), lambda consumed: min(32 + 16 * int(consumed / (1000 / 6)), 128)),
+    (optim.rampup(2, 2, 12, 8), lambda consumed: min(2 + 2 * (consumed // 4), 8)),  # 4 samples come out even
     (optim.rampup(8, 8, 0, 8), lambda consumed: 8),
     (optim.stepwise("0:4 100:8 0.5K:16"), lambda consumed: 4 if consumed < 100 else 8 if consumed < 500 else 16),
     (optim.stepwise("0:4 64K:8 2M:32", seq=1000), lambda consumed: 4 if consumed < 64 else 8 if consumed < 2000 else 32),
