@@ -140,6 +140,9 @@ def test_wandb_offline(corpus, tmp_path, monkeypatch):
         assert word in raw
     losses = [record["loss"] for record in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert all(json.dumps(loss).encode()[:10] in raw for loss in losses)
+    metrics.WandB(tmp_path / "run", "fm", "run", {}).close()  # as a resumed run does: it goes on under its id
+    assert (tmp_path / "run" / "wandb-id").read_text().strip() == known
+    assert all(known in path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_without_wandb_one_line_says_what_to_install(corpus, tmp_path, monkeypatch, capsys):
