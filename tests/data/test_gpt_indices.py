@@ -54,6 +54,13 @@ def test_equal_to_megatron(
               theirs(lengths, documents, seq, seed, None, extra, True))  # fmt: skip
 
 
+@pytest.mark.parametrize("samples", [176, 177, 178, 179, 180])
+def test_the_last_epoch_is_apart_up_to_80_percent_of_it(samples: int) -> None:
+    """An epoch of 99 samples, and from 77 to 81 of the second one."""
+    given = [10] * 200, list(range(200)), 20, 5
+    check(gpt_index(*given, samples=samples), theirs(*given, samples, True, True))
+
+
 @settings(max_examples=100)
 @given(LENGTHS.filter(lambda lengths: min(lengths) > 0), st.integers(1, 50), st.integers(0, 9), st.booleans())
 def test_a_last_sample_that_is_not_full(lengths: list[int], seq: int, seed: int, extra: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fmegatron.data import text
 from fmegatron.data.compress import compressed_sizes
 from fmegatron.data.text import documents, held_out, stdlib_documents, stdlib_files
 
@@ -17,10 +18,10 @@ def test_plain_files_and_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("é\r\n".encode())
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"body": "x", "text": "tw\\u00f6"}')
     read = list(documents([tmp_path / "b.jsonl", tmp_path / "a.txt"]))
-    assert [text for _, text in read] == ["one", "twö", "é\r\n"]
+    assert [body for _, body in read] == ["one", "twö", "é\r\n"]
     assert read[1].source == f"{tmp_path}/b.jsonl:3"
     (tmp_path / "b.jsonl").rename(tmp_path / "b.json")  # lines too, as Megatron's tool takes it: not one document of braces
-    assert [text for _, text in documents([tmp_path / "b.json"])] == ["one", "twö"]
+    assert [body for _, body in documents([tmp_path / "b.json"])] == ["one", "twö"]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,17 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
         list(documents([tmp_path / "absent"]))
 
 
+@pytest.mark.parametrize(("name", "where"), [("x.txt", "x.txt"), ("x.jsonl", "x.jsonl:2")])
+def test_gigantic_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str) -> None:
+    """A small limit stands for the largest sequence."""
+    monkeypatch.setattr(text, "LARGEST", 40)
+    (tmp_path / name).write_text('{"text": "fine"}\n{"text": "' + "x" * 50 + '"}\n')
+    with pytest.raises(ValueError, match=f"{where}: longer than 40 bytes, more than a document can hold: split it"):
+        list(documents([tmp_path / name]))
+
+
 def test_the_standard_library_is_split_once() -> None:
-    train, valid = ({name: text for name, text in stdlib_documents(split)} for split in ("train", "valid"))
+    train, valid = ({name: body for name, body in stdlib_documents(split)} for split in ("train", "valid"))
     assert not train.keys() & valid.keys() and list(train) == sorted(train)
     total = sum(map(len, train.values())) + sum(map(len, valid.values()))
     assert 6e6 < total < 16e6 and 0.02 < sum(map(len, valid.values())) / total < 0.1
