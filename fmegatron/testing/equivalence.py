@@ -2,7 +2,7 @@
 
     for way in ways(8): print(way, compare(way))
 
-`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes; a pipeline's stages in one process.
+`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes, or on threads; a pipeline's stages in one process.
 `expert_ways` are those of models with experts, latent attention and a module that looks ahead. Their losses are those that
 are equal on every mesh (per sequence, z); a near-tie in a router may fall otherwise, and is counted in `Result.flips`.
 """
@@ -22,7 +22,8 @@ from torch import Tensor
 from fmegatron import optim, tree
 from fmegatron.models import Config, Model, gpt
 from fmegatron.nn.moe import Moe
-from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
+from fmegatron.sharding.mesh import Mesh
 from fmegatron.sharding.traffic import Traffic, counted
 from fmegatron.testing.formula import Case, step_traffic
 from fmegatron.testing.formula_models import model_traffic
@@ -35,9 +36,9 @@ from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
 
-Form = Literal["auto", "padded", "gather"]
+Form = Literal["auto", "padded", "gather", "ragged"]
 CONFIG = Config(layers=2, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)
-FORMS: tuple[Form, ...] = ("padded", "gather")
+FORMS: tuple[Form, ...] = ("padded", "gather", "ragged")
 EXPERTS = Moe(experts=8, top_k=2, mlp=16, shared=16, score="sigmoid", balance_bias=True, sequence_loss=0.1, z_loss=0.01)
 MODELS = MappingProxyType({
     "dense": CONFIG,
@@ -132,9 +133,9 @@ def expert_ways(ranks: int) -> list[Way]:
             for sizes in meshes(ranks // pp, ("dp", "ep", "cp", "tp")):
                 if sizes.keys() <= rules.axes and "ep" in sizes:
                     n = len(found)
-                    model, form = ("experts", "latent")[n % 2], FORMS[n // 2 % 2]
+                    model, form = ("experts", "latent")[n % 2], FORMS[(n // 2 + n // 6) % 3 if pp == 1 else n // 2 % 2]
                     way = _way(name, sizes, pp, n)
-                    case = replace(way.case, c=replace(MODELS[model], layers=way.case.c.layers))
+                    case = replace(way.case, c=replace(MODELS[model], layers=way.case.c.layers), keeps=form != "ragged")
                     found.append(replace(way, case=case, form=form))
     return found
 
@@ -178,7 +179,7 @@ def compare(way: Way) -> Result:
     case, settings = way.case, way.settings
     one = reference(case.c)
     model, alone = one.model, one.measured
-    mesh, traffic = counted(virtual_mesh(**(case.sizes or {"dp": 1})))
+    mesh, traffic = counted(mesh_of(way.form, case.sizes or {"dp": 1}))
     sh = Sharding(mesh, replace(RULES[case.rules], dispatch=way.form))
     here = measure(model, sh, batch(0), expected=alone, **settings)
     assert_same(here, alone, 1e-10)
@@ -194,9 +195,14 @@ def compare(way: Way) -> Result:
     )
 
 
+def mesh_of(form: Form, sizes: Mapping[str, int]) -> Mesh:
+    """Ranks in this process: a vmap, or threads for exchanges of rows as many as there are, which look at values."""
+    return thread_mesh(**sizes) if form == "ragged" else virtual_mesh(**sizes)
+
+
 def stepped(case: Case, form: Form) -> Counts:
     """{(collective, axis): (count, bytes)} of a case's step."""
-    mesh, traffic = counted(virtual_mesh(**case.sizes))
+    mesh, traffic = counted(mesh_of(form, case.sizes))
     sh = Sharding(mesh, replace(RULES[case.rules], dispatch=form))
     one_step(gpt(case.c), sh, {"microbatches": case.m, "remat": case.remat})
     return traffic.counts()
@@ -209,23 +215,29 @@ def whole(way: Way) -> bool:
 
 def sent(way: Way, traffic: Traffic) -> Counts:
     """What went over any axis; in stages and along cp what went over ep by all-to-all, of rows to experts alone."""
-    return {key: x for key, x in traffic.counts().items() if whole(way) or key == ("all_to_all", "ep")}
+    return _known(way, {key: x for key, x in traffic.counts().items() if whole(way) or key == ("all_to_all", "ep")})
+
+
+def _known(way: Way, counts: Counts) -> Counts:
+    """Without the bytes of exchanges of rows as many as there are: they follow the load."""
+    ragged = way.form == "ragged"
+    return {key: (n, 0 if ragged and key[0] == "all_to_all" else size) for key, (n, size) in counts.items()}
 
 
 def said(way: Way) -> Counts:
     """The closed form of that."""
     if whole(way):
         assert way.form != "auto"
-        return model_traffic(replace(way.case, count=Counter(), bytes=Counter()), way.form)
+        return _known(way, model_traffic(replace(way.case, count=Counter(), bytes=Counter()), way.form))
     case, block = way.case, way.case.c.moe
-    assert block is not None and way.form in ("padded", "gather")
+    assert block is not None and way.form != "auto"
     ep, sp = case.ranks("ep"), case.rules.endswith("_sp") or case.rules.startswith("cp_")
     tokens = BATCH[0] * BATCH[1] // (case.m * case.ranks("dp") * ep * case.ranks("cp") * (case.ranks("tp") if sp else 1))
     layer = Exchange(way.form, block.experts, block.top_k, tokens, case.c.embed, {"ep": ep} if ep > 1 else {}, {})
     layers = sum(map(block.at, range(case.c.layers)))
     forward = layers * (1 + case.again) + case.c.mtp * (1 + case.again)
-    return {key: x for key, x in expert_traffic(layer, case.m * forward, case.m * (layers + case.c.mtp)).items()
-            if key == ("all_to_all", "ep")}  # fmt: skip
+    every = expert_traffic(layer, case.m * forward, case.m * (layers + case.c.mtp))
+    return _known(way, {key: x for key, x in every.items() if key == ("all_to_all", "ep")})
 
 
 def flips(here: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> int:
