@@ -80,7 +80,7 @@ def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Value
         if m is None:
             return mlp.apply(sh, c.block_mlp, p["mlp"], x)
         y, terms = moe.apply(sh, m, c.block_mlp, p["mlp"], x, v, key)
-        out.update({"route": terms.pop("route")} if "route" in terms else {})
+        out.update({name: terms.pop(name) for name in ("route", "load") if name in terms})
         out.update({f"moe.{name}": v[f"moe.{name}"] + x if f"moe.{name}" in v else x for name, x in terms.items()})
         return y
 
@@ -190,7 +190,7 @@ def gpt(c: Config) -> Model:
         Node(
             fn=fns[every[i]],
             params=(("", f"layers.{run.start}"),),
-            reads=("h", *live, *sums, f"route.{i + 1}"),
+            reads=("h", *live, *sums, f"route.{i + 1}", f"load.{i + 1}"),
             writes=("h", *sums),
             own=moe.own(i + 1),
             layer=i - run.start,
@@ -199,7 +199,7 @@ def gpt(c: Config) -> Model:
         for run in runs(c)
         for i in run
     ]
-    ends = ("out", "out.labels", "out.weights")
+    ends, averaged = ("out", "out.labels", "out.weights"), c.moe is not None and c.moe.global_average
     chain = (
         Node(
             partial(embed, c),
@@ -240,6 +240,7 @@ def gpt(c: Config) -> Model:
         config=c,
         dropout=c.dropouts,
         factors=partial(factors, c) if c.qk_clip is not None else None,
+        carries=tuple(outside for node in chain for name, outside in node.own if name == "load" and averaged),
         moves=partial(moves, c) if c.moe is not None and c.moe.balance_bias else None,
     )
 

@@ -19,7 +19,8 @@ from fmegatron.nn.moe import Moe
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 QUICK = 1.702  # the gain of quick_gelu, which gpt-oss calls swiglu_alpha
 # what training alone reads, or how it is computed
-TRAINING = ("bias_rate", "switch_loss", "sequence_loss", "global_loss", "z_loss", "jitter", "router_dtype", "capacity", "drop")
+TRAINING = ("bias_rate", "switch_loss", "sequence_loss", "global_loss", "global_average", "z_loss", "jitter",
+            "router_dtype", "capacity", "drop")  # fmt: skip
 
 
 # -- in -------------------------------------------------------------------------------------------------------------

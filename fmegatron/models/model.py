@@ -101,6 +101,7 @@ class Model:
     output: Node | None = None
     config: Any = None
     dropout: bool = field(default=False)  # whether a key changes anything
+    carries: tuple[str, ...] = ()  # values that nodes may write, constants of which a step's next microbatch is given
     moves: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     factors: Callable[[Mapping[str, Tensor]], dict[str, tuple[str, Tensor]]] | None = None
 

@@ -61,13 +61,13 @@ class Moe(Router):
 
 
 def own(number: int) -> tuple[tuple[str, str], ...]:
-    """(name inside, name outside) of a layer's own values: what a router has chosen."""
-    return (("route", f"route.{number}"),)
+    """(name inside, name outside) of a layer's own values: what a router has chosen, and its load in a step so far."""
+    return (("route", f"route.{number}"), ("load", f"load.{number}"))
 
 
 def renumbered(reads: Sequence[str], number: int) -> tuple[str, ...]:
     """What a layer reads, of another number."""
-    return tuple(f"route.{number}" if name.startswith("route.") else name for name in reads)
+    return tuple(f"{kind}.{number}" if (kind := name.split(".")[0]) in ("route", "load") else name for name in reads)
 
 
 def experts_of(table: Mapping[str, Any], base: Moe | None = None) -> Moe:

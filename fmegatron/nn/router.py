@@ -59,6 +59,7 @@ class Router:
     sinkhorn: bool = False  # in training the choice is made on balanced scores; takes no balance loss
     jitter: float = 0.0  # in training inputs times U(1 - jitter, 1 + jitter)
     router_dtype: Literal["fp32", "fp64"] = "fp32"
+    global_average: bool = False  # loads in `global_loss` are the mean over the step's microbatches so far (Megatron-LM)
     forced: bool = False  # token t takes experts t k, t k + 1, ...: an even load, for benchmarks
 
     def __post_init__(self) -> None:
@@ -75,6 +76,8 @@ class Router:
             )
         if self.top_k == 1 and self.normalize and not self.sinkhorn:
             raise ValueError("top_k = 1 with normalize: every weight would be one, without a gradient; set normalize = false")
+        if self.global_average and not self.global_loss:
+            raise ValueError("global_average without global_loss: it is of that loss, give its coefficient")
         if self.sinkhorn and (self.switch_loss or self.sequence_loss or self.global_loss or self.balance_bias):
             raise ValueError("sinkhorn balances the choice itself: it takes no balance loss and no balance_bias")
 
@@ -96,7 +99,8 @@ class Router:
 
 
 class Routing(NamedTuple):
-    """chosen int64 and weight [batch, seq, k]; terms {name: this rank's part of the loss}; scores: shares of one."""
+    """chosen int64 and weight [batch, seq, k]; terms {name: this rank's part of the loss}, and `load`, what the step's next
+    microbatch is given, where loads are averaged; scores: shares of one."""
 
     chosen: Tensor
     weight: Tensor
@@ -115,7 +119,8 @@ def declare(router: Router, init: Init) -> dict[str, Param]:
 
 
 def apply(sh: Sharding, router: Router, p: dict[str, Tensor], x: Tensor, v: dict[str, Tensor], key: Tensor | None) -> Routing:
-    """Route x [batch, seq, embed]. v: sample and place.h where there is a key, and `route` [batch, seq, k] to replay."""
+    """Route x [batch, seq, embed]. v: sample and place.h where there is a key, `route` [batch, seq, k] to replay,
+    and `load` [experts], what the step's earlier microbatches have left."""
     if router.jitter and key is not None:
         token = random.fold_in(random.fold_in(random.fold_in(key, "jitter"), v["sample"][:, None]), v["place.h"])
         noise = random.uniform(token[..., None], sh.index("embed", "batch seq embed", x))
@@ -127,7 +132,8 @@ def apply(sh: Sharding, router: Router, p: dict[str, Tensor], x: Tensor, v: dict
         logits = logits + p["bias"].to(dtype)
     index = v["route"] if "route" in v else choose(router, logits.detach(), p.get("balance"), train=key is not None)
     shares = shares_of(router, logits)
-    return Routing(index, weights_of(router, logits, index), losses(sh, router, logits, shares), shares.detach())
+    terms = losses(sh, router, logits, shares, v.get("load"))
+    return Routing(index, weights_of(router, logits, index), terms, shares.detach())
 
 
 # -- choice and weights -----------------------------------------------------------------------------------------------
@@ -202,14 +208,17 @@ def sinkhorn(logits: Tensor, tolerance: float = 1e-4, most: int = 100) -> Tensor
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
-def losses(sh: Sharding, router: Router, logits: Tensor, shares: Tensor) -> dict[str, Tensor]:
-    """{term: this rank's part of its sum} for the terms that are on, see `denominators`."""
+def losses(sh: Sharding, router: Router, logits: Tensor, shares: Tensor, before: Tensor | None = None) -> dict[str, Tensor]:
+    """{term: this rank's part of its sum} for the terms that are on, see `denominators`; before: `load`, see `Routing`."""
     on = router.coefficients
     terms: dict[str, Tensor] = {}
     if any(term in on for term in LOSSES[:3]):
         own = sh.reduce(f"{SCORES} -> batch router_expert", hits(shares.detach(), top_k(shares.detach(), router.top_k)), "sum")
         rows, length = shares.shape[0], shares.shape[1] * ranks_of(sh, "seq")
-        whole = sh.reduce("batch router_expert -> router_expert", own, "sum") if "balance_global" in on else own
+        so_far = own.sum(0) if before is None else own.sum(0) + before
+        whole = sh.reduce("batch router_expert -> router_expert", so_far[None], "sum") if "balance_global" in on else own
+        whole = whole if before is None else whole * (own.sum() / so_far.sum())
+        terms |= {"load": so_far} if router.global_average else {}
         loads = {"balance_switch": own.sum(0), "balance_sequence": own[:, None], "balance_global": whole}
         tokens = {"balance_switch": rows * length, "balance_sequence": length}
         tokens["balance_global"] = rows * length * ranks_of(sh, "batch")

@@ -2,7 +2,8 @@
 
     for way in ways(8): print(way, compare(way))
 
-`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes, or on threads; a pipeline's stages in one process.
+`make equivalence` runs them all; the tests a sample. Values in fp64, on virtual meshes or threads; a pipeline's stages in one
+process.
 `expert_ways` are those of models with experts, latent attention and a module that looks ahead. Their losses are those that
 are equal on every mesh (per sequence, z); a near-tie in a router may fall otherwise, and is counted in `Result.flips`.
 """

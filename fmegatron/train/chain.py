@@ -81,13 +81,14 @@ def visits(chain: Sequence[Node], remat: Remat, weights: Weights) -> list[Node]:
     return list(chain) + backward_visits(chain, remat, weights)
 
 
-def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat) -> Values:
-    """Add the gradients of the loss over a batch to `step.gradients`; returns {"loss.TERM": local sum}."""
+def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat, carries: Sequence[str] = ()) -> tuple[Values, Values]:
+    """Add the gradients of the loss over a batch to `step.gradients`; returns {"loss.TERM": local sum}, and what it carries."""
     values, _, tape = walk_forward(chain, step, dict(batch), frozenset(), remat)
     losses = {name: x for name, x in values.items() if name.startswith("loss.")}
+    carried = {name: values[name].detach() for name in carries if name in values}
     del values
     walk_backward(tape, step)
-    return losses
+    return losses, carried
 
 
 def walk_forward(
@@ -149,7 +150,7 @@ def forward(
         out, moved, pullback = differentiate(node, step, own, reads, moving, again)
     if not again:
         add_taps(step.taps, out, node.index)
-    new = {name: x for name, x in out.items() if not name.startswith("tap.")}
+    new = {node.outside(name): x for name, x in out.items() if not name.startswith("tap.")}
     values = {**values, **new}
     step.offload.close(stash, values.values())
     return values, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback, stash)

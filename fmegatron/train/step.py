@@ -176,8 +176,7 @@ def value_and_grad(
     parts = microbatches_of(model, sh, batch, plan.microbatches, even=plan.placed is None)
     local = [model.counts_of(sh, part) for part in parts]
     counts = sum_together(sh, {term: torch.stack([one[term] for one in local]).sum(0) for term in local[0]})
-    factors = dict(plan.weights)
-    seeds = {term: factors.get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
+    seeds = {term: dict(plan.weights).get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
     engine = plan.engine
     sh = sh.overlapping(plan.async_tp if engine is not FUNC else 1)
@@ -194,11 +193,12 @@ def value_and_grad(
         losses, taps = everywhere(plan.placed, losses, taps, counts, sh.watch)
         grads, every = sum_shared(plan.placed, gradients.finish(params, scale)), plan.placed.every(sh)
     else:
-        losses, taps = {}, {}
+        losses, taps, carried = {}, {}, dict[str, Tensor]()
         weights.plan(visits(model.chain, plan.remat, weights) * len(parts))
         for part in parts:
             step = new_step()
-            for name, x in walk(model.chain, step, part, plan.remat).items():
+            found, carried = walk(model.chain, step, {**part, **carried}, plan.remat, model.carries)
+            for name, x in found.items():
                 losses[name] = losses[name] + x if name in losses else x
             add_taps(taps, step.taps)
         grads, every = gradients.finish(params, scale), sh

@@ -102,12 +102,12 @@ def denominator_per_microbatch(patch):
     """Every microbatch divides by its own count of tokens, and the microbatches are averaged."""
     right = step.walk
 
-    def walk(chain, here, part, remat):
+    def walk(chain, here, part, *more):
         if not here.sh.mesh.axes:
-            return right(chain, here, part, remat)
+            return right(chain, here, part, *more)
         own = over_ranks(here.sh, here.sh.total(part["weights"], "batch seq"), Psum)
         here.seeds = {name: 1 / own / 2 for name in here.seeds}
-        return right(chain, here, part, remat)
+        return right(chain, here, part, *more)
 
     patch.setattr(step, "walk", walk)
 

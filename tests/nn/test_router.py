@@ -15,6 +15,9 @@ from fmegatron.nn import router
 from fmegatron.nn.moe import Moe
 from fmegatron.nn.router import Router
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, spmd, virtual_mesh
+from fmegatron.testing import assert_same, measure
+from fmegatron.train.pipeline.schedules import make_schedule
+from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
 
@@ -145,6 +148,48 @@ def test_the_switch_loss_is_of_a_ranks_rows_and_whole_sequences():
     for term, value in on(cp=2, tp=2).items():
         torch.testing.assert_close(value, alone(x)[term])
     torch.testing.assert_close(on(dp=2, cp=2)["balance_global"], alone(x)["balance_global"])
+
+
+AVERAGED = Router(E, 4, global_loss=0.1, global_average=True)
+
+
+def test_loads_averaged_over_microbatches_are_megatrons():
+    """Its sum of loads so far over the number of microbatches, in its loss; here each is given what the one before has left."""
+    sh, before, total = SINGLE.bind({"embed": 5, "router_expert": E}), None, 0.0
+    for i in range(1, 4):
+        x = logits(i).unflatten(0, (4, 16))
+        terms = router.losses(sh, AVERAGED, x, router.shares_of(AVERAGED, x), before)
+        chosen, p = moe_utils.compute_routing_scores_for_aux_loss(x.flatten(0, -2), 4, "softmax")
+        before, total = terms.pop("load"), total + chosen.sum(0)
+        wanted = moe_utils.switch_load_balancing_loss_func(p, total / i, T, 4, E, 0.1)
+        torch.testing.assert_close(terms["balance_global"], wanted.to(x.dtype), rtol=1e-6, atol=0)
+
+
+def test_a_step_hands_loads_from_microbatch_to_microbatch(monkeypatch):
+    """Against the definition, from all microbatches' shares; on a mesh and when layers run again the same."""
+    c = Config(layers=2, embed=16, heads=4, kv=2, mlp=24, vocab=32, mtp=1,
+               moe=Moe(experts=8, top_k=2, mlp=8, global_loss=0.5, global_average=True))  # fmt: skip
+    g, right, seen = torch.Generator().manual_seed(0), router.losses, []
+    tokens = torch.randint(0, 32, (4, 8), generator=g)
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": torch.rand(4, 8, generator=g, dtype=torch.float64)}
+
+    def losses(sh, router, logits, shares, before):
+        seen.append(shares.detach())
+        return right(sh, router, logits, shares, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(router, "losses", losses)
+        one = measure(gpt(c), SINGLE, batch, microbatches=4)
+    by_layer, wanted = [torch.stack(seen[-12 + i :: 3]) for i in range(3)], 0.0  # [4 microbatches, 1, 8, 8]
+    for p in by_layer:
+        load = torch.stack([torch.zeros(8).index_add(0, q.topk(2).indices.flatten(), torch.ones(16)) for q in p])
+        mean = load.cumsum(0) / torch.arange(1, 5)[:, None]
+        wanted += 0.5 * 8 / (2 * 8**2) * (mean * p.sum((1, 2))).sum() / 4
+    torch.testing.assert_close(one.metrics["balance_global"], wanted)
+    there = measure(gpt(c), Sharding(virtual_mesh(cp=2, tp=2), RULES["fsdp_tp_sp"]), batch, microbatches=4, remat="full")
+    assert_same(there, one, 1e-10)
+    with pytest.raises(ValueError, match="global_average: a microbatch's loads"):
+        make_step(gpt(c), optim.sgd(0.1), SINGLE, pipeline=Pipeline(make_schedule("1f1b", 2, None, 2)))
 
 
 def test_routing_is_recorded_and_replayed():
