@@ -80,8 +80,9 @@ def layer(c: Config, a: Attention, m: Moe | None, sh: Sharding, p: Any, v: Value
         if m is None:
             return mlp.apply(sh, c.block_mlp, p["mlp"], x)
         y, terms = moe.apply(sh, m, c.block_mlp, p["mlp"], x, v, key)
-        out.update({name: terms.pop(name) for name in ("route", "load") if name in terms})
-        out.update({f"moe.{name}": v[f"moe.{name}"] + x if f"moe.{name}" in v else x for name, x in terms.items()})
+        out.update({name: x for name, x in terms.items() if name in ("route", "load")})
+        terms = {f"moe.{name}": x for name, x in terms.items() if name not in out}
+        out.update({name: v[name] + x if name in v else x for name, x in terms.items()})
         return y
 
     h, before = v["h"], c.norm_at in ("pre", "peri")
