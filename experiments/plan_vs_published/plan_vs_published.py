@@ -10,6 +10,7 @@ a table, see README.md. Nothing is fitted but the two efficiencies.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fmegatron.plan.estimate import estimate
+from fmegatron.models import presets
+from fmegatron.plan.estimate import Estimate, estimate
 from fmegatron.plan.hardware import HARDWARE, Efficiency, Hardware, capped
 from fmegatron.plan.options import request
 from fmegatron.plan.seconds import Execution
@@ -128,7 +130,33 @@ def predict(row: Published, efficiency: Efficiency) -> float:
     none, full = plans[0], plans[-1]
     seconds = full.seconds | {"attention": none.seconds["attention"]}
     seconds["products"] = (none.seconds["products"] + full.seconds["products"]) / 2
+    if full.mesh.get("cp", 1) > 1:
+        more = torch_ring(row, full, efficiency)
+        seconds["cp traffic"] += more
+        seconds["pipeline waits"] += full.bubble * more
     return full.batch[0] * full.batch[1] / full.ranks / sum(seconds.values())
+
+
+def torch_ring(row: Published, plan: Estimate, efficiency: Efficiency) -> float:
+    """Seconds a step by which torch's context parallelism sends longer than the gather that was planned; of full remat.
+
+    torch.distributed.tensor.experimental._attention: keys and values, which TorchTitan's model has repeated for every query
+    head, are gathered by forward, its repetition and backward, each beside the first of n blocks; their gradients go around
+    in fp32, each hop beside the next block, the last beside none.
+    """
+    named = presets.config(row.preset.replace("-", ":"))
+    kv_heads = named.kv or named.heads
+    n, tp, axes = plan.mesh["cp"], plan.mesh.get("tp", 1), list(plan.mesh)
+    stride = math.prod(plan.mesh[axis] for axis in axes[axes.index("cp") + 1 :])
+    link = row.device.link(stride, n)[1] * efficiency.links
+    times = studied(row, row.remat).layers * plan.microbatches
+    rows = plan.batch[0] // plan.mesh.get("dp", 1) // plan.microbatches
+    kv = 2 * rows * plan.batch[1] // n * kv_heads // tp * named.head_dim * 2 / link  # seconds of a rank's own, in bf16
+    block = plan.seconds["attention"] / times / 4.5 / n  # of a forward; a backward is 2.5 of them
+    gather, hop = (n - 1) * kv * named.heads / kv_heads, 2 * kv * named.heads / kv_heads
+    waits = 2 * max(0.0, gather - block) + max(0.0, gather - 2.5 * block)
+    waits += (n - 1) * max(0.0, hop - 2.5 * block) + hop
+    return (waits - 3 * (n - 1) * kv) * times  # less what the plan has: two gathers and the reduce_scatter of their gradients
 
 
 def calibrate(first: Published, second: Published) -> Efficiency:

@@ -100,6 +100,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     sh, semisync = setup.sharding_of(c, mesh), setup.semisync_of(c)
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
+    setup.check_layers(c, sh)
     graphs.check(c, sh)
     share = share_of(sh)
     source = setup.on_first(mesh, lambda: source_of(c, say, reads=share is None or share.reads))

@@ -262,6 +262,16 @@ def check_sequence(c: RunConfig, sh: Sharding) -> None:
             bound.placement(names, leaf=key)
 
 
+def check_layers(c: RunConfig, sh: Sharding) -> None:
+    """ValueError where a preset's layers make no such stages, or its heads do not divide: known before any text is read."""
+    if c.model.hf or c.model.function:
+        return
+    model = models.preset(c.model.preset, **c.model.overrides)
+    pipeline_of(c, model)
+    if "heads" in model.sizes:
+        sh.bind({"heads": model.sizes["heads"]}).placement("heads", leaf="attention")
+
+
 def dtype_of(c: RunConfig) -> torch.dtype | None:
     """The dtype of the computation; None is that of the parameters."""
     return DTYPES[c.training.dtype] if c.training.dtype != "fp32" else None

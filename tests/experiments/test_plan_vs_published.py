@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,18 @@ def test_the_planner_halves_a_constants_error_on_rows_that_calibrate_nothing():
     assert len(rows) == 22 and not any(row["calibrates"] for row in rows)
     assert sum(row["calibrates"] for row in FOUND["rows"]) == 2
     assert module.errors(rows, "predicted") < module.errors(rows, "constant") / 2
+
+
+@pytest.mark.parametrize("attention, hidden", [(1e9, True), (0.0, False)])
+def test_repeated_keys_and_values_wait_only_for_what_no_block_hides(monkeypatch, attention, hidden):
+    row = next(row for row in module.torchtitan() if row.name == "405B 512 GPU 128K tp8 pp8 cp4")
+    monkeypatch.setattr(module, "studied", lambda row, remat: SimpleNamespace(layers=16))
+    plan = SimpleNamespace(mesh={"pp": 8, "dp": 2, "cp": 4, "tp": 8}, batch=(16, 131072), microbatches=8,
+                           seconds={"attention": attention})  # fmt: skip
+    own = 2 * 32768 * 128 * 2 / (50e9 * 0.8)  # seconds in which a rank's key and value head of its tokens travel once
+    gathers, hops = (0, 1) if hidden else (3, 4)
+    wanted = 16 * 8 * (gathers * 3 * 16 * own + hops * 2 * 16 * own - 3 * 3 * own)
+    assert module.torch_ring(row, plan, Efficiency(0.6, 0.5)) == pytest.approx(wanted)
 
 
 @pytest.mark.long

@@ -202,3 +202,14 @@ def test_generate_reads_what_a_run_left(corpus, tmp_path, capsys):
     assert len(said) == 1 and said.pop().startswith("def ")
     assert cli.main(["generate", str(tmp_path / "nope"), "def "]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--mesh.pp 3", "pipeline: 4 layers: 4 do not divide over 3 of 3 stages: use 3 or 6 layers, or a layout such as Ett|t|tL"),
+    ("--mesh.pp 2 --pipeline.schedule dualpipev --pipeline.virtual 2 --training.microbatches 2", "not 2: use 4, or zbv"),
+    ("--mesh.tp 8", "dim 'heads' of [heads] has size 6, which does not divide over mesh axis 'tp' of 8: use tp=3 or tp=6"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_any_text_is_read(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "quickstart", "--mesh.virtual", "true", *words.split()]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
