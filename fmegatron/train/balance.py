@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmegatron.train.metrics import Record
@@ -47,6 +45,9 @@ def numbers(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def picture(records: Sequence[Record], path: str | Path) -> Path | None:
     """Draw each expert's load by step, a row an expert, and the largest violation of each layer; None without records of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     names = [name for name in (records[-1] if records else ()) if name.startswith("load/")]
     if not names:
         return None

@@ -8,6 +8,7 @@ refused by name. Boxes are read by `torch.load(weights_only=True)`, torch's own 
 from __future__ import annotations
 
 import collections
+import importlib
 import io
 import json
 import pickle
@@ -15,27 +16,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint.filesystem as filesystem
-import torch.distributed.checkpoint.metadata as metadata
 from torch import Tensor
 
 from fmegatron.sharding.chunks import Box, inside
 
 META = "meta.json"
-TABLE = {  # all that a table of tensors is made of
-    **{(metadata.__name__, name): getattr(metadata, name)
-       for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-                    "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")},
-    **{(filesystem.__name__, name): getattr(filesystem, name) for name in ("_StorageInfo", "_StoragePrefix")},
+# All that a table of tensors is made of. torch's part is imported when it is asked for: seven hundred modules come along.
+TORCH = MappingProxyType({
+    "torch.distributed.checkpoint.metadata": ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+                                              "MetadataIndex", "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+})  # fmt: skip
+TABLE = MappingProxyType({
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
     **{(module, name): PurePath for module in ("pathlib", "pathlib._local")
        for name in ("PosixPath", "WindowsPath", "PurePosixPath")},
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class _Table(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if name in TORCH.get(module, ()):
+            return getattr(importlib.import_module(module), name)
         if (module, name) not in TABLE:
             if module.startswith(INERT):
                 return Inert

@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from fmegatron.train import metrics
 
 INK, TRAIN, HELDOUT, OTHERS = "#2b2b2b", "#9bb3cc", "#c0392b", ("#4d7c4d", "#8a6d3b", "#6b5b95")
@@ -30,6 +27,9 @@ def loss_curve(
     loss, nats a token, to the same scale), else in nats a token. compressors: bits per byte of others on the held-out
     text, drawn as lines: {"gzip -9": 2.31, "xz -9": 2.05}.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     measured = [record for record in records if record.get("heldout_loss") is not None]
     points = [(record["step"], record["heldout_loss"], record.get("bits_per_byte")) for record in measured]
     ratios = [bits / nats for _, nats, bits in points if bits and nats]
@@ -47,7 +47,8 @@ def loss_curve(
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color=HELDOUT, markersize=4, linewidth=1, label="held-out")
         step, value = heldout[-1]
-        axes.annotate(f"{value:.3f}", (step, value), (0, -12), textcoords="offset points", ha="right", color=HELDOUT)
+        axes.annotate(f"{value:.3f}", (step, value), (0, -12), textcoords="offset points", ha="right", color=HELDOUT,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     for number, (name, bits) in enumerate((compressors or {}).items() if ratios else ()):
         color = OTHERS[number % len(OTHERS)]
         axes.axhline(bits, color=color, linewidth=1, linestyle="--", label=f"{name} {bits:.3f}")
