@@ -79,4 +79,9 @@ def test_what_is_no_token_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             to_indexed(tmp_path / "x", tmp_path / "y", column)
     assert to_indexed(tmp_path / "x", tmp_path / "y", "raw", "int32") == 1
+    with MDSWriter(tmp_path / "z", {"tokens": "ndarray"}) as out:
+        for dtype in (np.uint16, np.int32):
+            out.write({"tokens": np.arange(3, dtype=dtype)})
+    with pytest.raises(ValueError, match="int32, those before it are uint16"):
+        to_indexed(tmp_path / "z", tmp_path / "w")
     assert not list(tmp_path.glob(".*"))
