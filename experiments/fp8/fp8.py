@@ -5,8 +5,11 @@
 A Llama of 4 layers and 64 features; the same weights, batches and learning rates for all, matrix products of the two middle
 layers by each recipe, everything else in fp32: so a curve shows what a recipe's rounding does, and nothing else's. bf16 (the
 whole model, as it is trained otherwise) runs beside them as the yardstick; it is compiled, since a CPU without bf16 arithmetic
-takes minutes for it otherwise. Writes losses.json, losses.png (training loss, and its difference to fp32's, smoothed) and
-table.md: held-out loss after the last step, and its differences to fp32's and bf16's. `--runs` holds the runs' own folders.
+takes minutes for it otherwise. `nudged` is fp32 with a learning rate larger by a hundredth of a percent: how far two runs grow
+apart of which neither is wrong, so what a difference has to exceed to mean something.
+
+Writes, after each run, losses.json, losses.png (training loss, and its difference to fp32's, smoothed) and table.md: held-out
+loss after the last step, and its differences to fp32's and bf16's. `--runs` holds the runs' own folders.
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ from fmegatron import config, toml
 from fmegatron.train import metrics
 from fmegatron.train.loop import run
 
+RATE = 4e-3
 BASE = {
     "model": {"preset": "llama3:quickstart", "overrides": {"layers": 4, "embed": 64, "heads": 4, "kv": 2, "mlp": 192}},
     "data": {"seq": 128, "vocab_size": 2048},
     "training": {"global_batch": 8, "dtype": "fp32", "compile": False},
-    "optimizer": {"lr": 4e-3, "warmup": 20},
+    "optimizer": {"lr": RATE, "warmup": 20},
     "validation": {"interval": 0, "batches": 8},
     "checkpoint": {"interval": 0},
     "log": {"prompt": ""},
 }
-PLAIN = ("bf16", "fp32")
+PLAIN = ("bf16", "fp32", "nudged")
 BLOCKS = {"blockwise": 32}  # 64 features leave nothing to see of blocks of 128
 
 
@@ -40,6 +44,8 @@ def settings(name: str, steps: int, folder: Path) -> config.RunConfig:
     more = {"run": {"dir": str(folder / name), "fresh": True}, "training": BASE["training"] | {"steps": steps}}
     if name == "bf16":
         more["training"] |= {"dtype": "bf16", "compile": True}
+    if name == "nudged":
+        more["optimizer"] = BASE["optimizer"] | {"lr": RATE * 1.0001}
     if name not in PLAIN:
         history = {"history": 16, "algorithm": "max"} if name == "delayed" else {}
         more["fp8"] = {"recipe": name, "first": 1, "last": 1} | history | ({"block": BLOCKS[name]} if name in BLOCKS else {})
@@ -56,13 +62,15 @@ def picture(found: dict[str, tuple[list[float], float]], path: Path, width: int 
     """Training losses, and their differences to fp32's, running means."""
     from matplotlib.figure import Figure
 
+    colors = {name: "black" if name == "fp32" else f"C{i}" for i, name in enumerate(found)}
     left, right = (figure := Figure((11, 4.5))).subplots(1, 2)
     base = found["fp32"][0]
     for name, (line, _) in found.items():
         gap = [a - b for a, b in zip(line, base, strict=True)]
         steps = range(width, len(line) + 1)
-        left.plot(steps, smooth(line, width), label=name)
-        right.plot(steps, smooth(gap, width), label=name, color="black" if name == "fp32" else None)
+        dashes = "--" if name == "nudged" else "-"
+        left.plot(steps, smooth(line, width), dashes, label=name, color=colors[name])
+        right.plot(steps, smooth(gap, width), dashes, label=name, color=colors[name])
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="step", ylabel="training loss less fp32's")
     right.legend()

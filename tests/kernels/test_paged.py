@@ -60,7 +60,9 @@ def test_other_pages_do_not_matter():
 
 @pytest.mark.parametrize("form", ["reference", "triton"])
 def test_append(form):
-    _, keys, values, _, _ = pool(torch.float32, 1)
+    _, *drawn = pool(torch.float32, 1)[:3]
+    guarded = [torch.cat((x[:1], x)) for x in drawn]  # what lies before a pool is somebody else's
+    keys, values = (x[1:] for x in guarded)
     before, slots = (keys.clone(), values.clone()), torch.tensor([3, -1, 150, 17], device=DEVICE)
     k, v = (torch.randn(4, 2 * KV, HD, device=DEVICE)[:, ::2] for _ in range(2))
     paged.append(keys, values, k, v, slots, form=form)
@@ -70,3 +72,4 @@ def test_append(form):
         rest = torch.ones(len(flat), dtype=torch.bool)
         rest[slots[slots >= 0].cpu()] = False
         assert torch.equal(flat[rest], was[rest])
+    assert all(torch.equal(x[0], old[0]) for x, old in zip(guarded, before, strict=True))
