@@ -15,10 +15,13 @@ from fmegatron.models.lower import lower
 from fmegatron.nn.moe import Moe
 from fmegatron.optim.host import arrays_of
 from fmegatron.plan.meter import Meter
+from fmegatron.plan.pipeline import in_flight
 from fmegatron.plan.work import _period, first_layers, work_of
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, shard, thread_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.train.explain import explain
+from fmegatron.train.pipeline.schedules import make_schedule
+from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.remat import parse_remat
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step
@@ -113,6 +116,15 @@ def test_weights_gathered_in_eight_bits_count_a_byte_an_element():
     assert {(row.collective, row.axis): row.bytes for row in seen.collectives} == {
         key: size for key, (_, size) in traffic.counts().items()}
     assert found[False][0] - found[True][0] > 0.035 * found[True][0]  # so that a plan of wide weights would be seen
+
+
+def test_what_a_pipeline_holds_of_each_microbatch_under_way():
+    def peak(name):
+        return real(C, SINGLE, pipeline=Pipeline(make_schedule(name, 1, None, 4)))[0]
+
+    kept = work_of(gpt(C), SINGLE_ABSTRACT, tx, batch=BATCH, fields=FIELDS, microbatches=4).kept(C.layers)
+    assert (in_flight("gpipe", 4, 1, 4), in_flight("1f1b", 4, 1, 4, 3)) == (4, 1)
+    assert peak("gpipe") - peak("1f1b") == pytest.approx(3 * kept, rel=0.10)  # 5 % less
 
 
 def test_what_is_not_kept_is_seen():
