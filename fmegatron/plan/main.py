@@ -42,7 +42,7 @@ def main(name: str, table: Table, json: bool = False) -> None:
     """Print the plan of a configuration or a preset."""
     asked = request(name, table)
     if asked.run.search is not None:
-        plans = search.best(asked, plan, hardware(asked.run.hardware).node)
+        plans = search.best(asked, plan, hardware(asked.run.hardware).node, search.on_all_cores)
         print(f"[{', '.join(map(to_json, plans))}]" if json else search.to_text(plans))
         return
     found = plan(asked)

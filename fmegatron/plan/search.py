@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+
+from rich.console import Console
+from rich.progress import track
 
 from fmegatron.config import ConfigError
 from fmegatron.plan.config import PlanConfig
@@ -27,23 +34,44 @@ def candidates(run: PlanConfig, devices: int, node: int) -> Iterator[PlanConfig]
                     yield replace(run, mesh=mesh, gpus=devices)
 
 
-def best(asked: Request, plan: Callable[[Request], Estimate], node: int) -> list[Estimate]:
-    """Plans that fit, the fastest first. Raises ConfigError where no mesh is legal, or none fits."""
+Planner = Callable[[Request], Estimate]
+Tried = Estimate | str  # or why it is not legal
+
+
+def best(
+    asked: Request, plan: Planner, node: int, each: Callable[[Callable[[Request], Tried], list[Request]], Iterable[Tried]] = map
+) -> list[Estimate]:
+    """Plans that fit, the fastest first; each: how many are made, `on_all_cores` or one by one.
+
+    Raises ConfigError where no mesh is legal, or none fits.
+    """
     assert asked.run.search is not None
-    found, closest = [], ""
-    for run in candidates(asked.run, asked.run.search, node):
-        try:
-            made = plan(replace(asked, run=run))
-        except ValueError as error:
-            closest = closest or str(error)
-            continue
-        found.append(made)
+    requests = [replace(asked, run=run) for run in candidates(asked.run, asked.run.search, node)]
+    tried = list(each(partial(_try, plan), requests))
+    found = [made for made in tried if isinstance(made, Estimate)]
     fitting = sorted((made for made in found if made.fits), key=lambda made: -made.tokens_per_second_per_rank)
     if not fitting:
         least = min(found, key=lambda made: made.memory_bytes, default=None)
-        said = f"the smallest needs {least.memory_bytes / 1e9:.1f} GB a rank" if least else closest
+        why = next((made for made in tried if isinstance(made, str)), "")
+        said = f"the smallest needs {least.memory_bytes / 1e9:.1f} GB a rank" if least else why
         raise ConfigError(f"search = {asked.run.search}: no mesh is legal and fits: {said}")
     return fitting[: asked.run.show]
+
+
+def _try(plan: Planner, request: Request) -> Tried:
+    try:
+        return plan(request)
+    except ValueError as error:
+        return str(error)
+
+
+def on_all_cores(fn: Callable[[Request], Tried], requests: list[Request]) -> Iterator[Tried]:
+    """`map(fn, requests)` by a process a core, with a bar on a terminal: a plan takes seconds of Python."""
+    context = multiprocessing.get_context("forkserver")  # fork would copy a process whose threads may hold locks
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(requests)), context) as pool:
+        done = pool.map(fn, requests)
+        yield from track(done, "meshes", total=len(requests), console=Console(stderr=True), transient=True)
 
 
 def to_text(plans: list[Estimate]) -> str:
