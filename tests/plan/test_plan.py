@@ -139,6 +139,7 @@ def test_traffic_of_any_number_of_microbatches_is_exact(rules, sizes, m):
     assert found.keys() == real.keys()
 
 
+@pytest.mark.long
 def test_meetings_of_replicas_are_counted_in_their_periods():
     """DES-LOC on the mean sends P (1/32 + 1/96 + 1/192), where plain data parallelism sends P in every step."""
     run = {"mesh": {"replica": 2, "tp": 2}, "training": {"global_batch": 4}, "data": {"seq": 64}}
@@ -206,6 +207,7 @@ def test_fp8_halves_what_tp_gathers_and_attention_has_a_peak_of_its_own():
     assert took["products"] == pytest.approx(1 / STEP.flops) and took["attention"] == pytest.approx(1 / 0.35)
 
 
+@pytest.mark.long
 def test_more_of_a_resource_never_slows_a_step():
     words = {"model": {"overrides": {"layers": 3, "vocab": 64}}, "mesh": {"dp": 2, "tp": 2}}
     base, again = (planned("llama3-debug", **words, training={"remat": remat, "global_batch": 8}) for remat in ("none", "full"))
