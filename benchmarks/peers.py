@@ -35,7 +35,7 @@ def fmegatron(shape: Shape, dtype: str, compile: bool, remat: str) -> Step:
     from fmegatron.train.step import make_step
 
     s, w = shape, {name: torch.from_numpy(x) for name, x in weights(shape).items()}
-    chunks = max(1, s.batch * s.seq * s.vocab // 2**24)  # 64 MB of logits each; a piece costs a pass over the table's gradient
+    chunks = max(1, s.batch * s.seq // 2048)  # shorter pieces cost a pass over the table's gradient each: a tenth of the step
     config = Config(s.layers, s.embed, s.heads, s.mlp, s.vocab, kv=s.kv, norm_eps=1e-5, loss_chunks=chunks)
     model = gpt(config)
     n, e, hd = s.layers, s.embed, s.hd
