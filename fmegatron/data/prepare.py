@@ -1,6 +1,6 @@
 """Documents to token files: read, tokenize on several processes, write in order, appear complete or not at all.
 
-Documents are tokenized in parts of about a gigabyte of text. A finished part lies in the folder PREFIX.parts until all are
+Documents are tokenized in parts of about 128 MiB of text. A finished part lies in the folder PREFIX.parts until all are
 there and become one pair of files; the same command, started again after whatever stopped it, goes on behind the last of
 them (parts.py).
 """
@@ -31,7 +31,7 @@ from fmegatron.data.tokenizers import Tokenizer, load
 
 CHUNK = 64  # documents handed to a process at once, at most
 CHUNK_BYTES = 2**20  # or this many bytes of them
-PART_BYTES = 2**30  # of text in a part
+PART_BYTES = 2**27  # of text in a part: a minute of one core, which is what an interrupted job does again
 
 Counts = Spent  # what has been written so far: documents, tokens, bytes of text in UTF-8
 Progress = Callable[[Counts], None]

@@ -217,6 +217,7 @@ def test_more_of_a_resource_never_slows_a_step():
     assert again.flops == base.flops and again.rank_flops > base.rank_flops
 
 
+@pytest.mark.long
 def test_a_pipeline_holds_its_stage_and_what_is_under_way():
     def at(stages, **more):
         overrides = {"layers": 4, "vocab": 64}

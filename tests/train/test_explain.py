@@ -179,10 +179,10 @@ def under_torchrun(folder):
             return out
 
     results = []
-    cases = [CASES[i] for i in (0, 3, 4, 7, 8, 10, 12, 14)] + [("fsdp", {"dp": 4}), ("zero1", {"dp": 2, "cp": 2})]
+    cases = [CASES[i] for i in (0, 4, 7, 10, 14)] + [("fsdp", {"dp": 4}), ("zero1", {"dp": 2, "cp": 2})]
     for i, (rules, sizes) in enumerate(cases):
         mesh = make_mesh(**sizes)
-        step = run_step(mesh, rules, **SETTINGS[i % 2], c=ODD if i >= 8 else C)
+        step = run_step(mesh, rules, **SETTINGS[i % 2], c=ODD if i >= 5 else C)
         with Bytes({axis.transport.name: axis.name for axis in mesh.axes}) as mode, (torch_own := CommDebugMode()):
             torch_own.comm_registry.add(torch.ops._c10d_functional.all_gather_into_tensor_out)  # of which it does not know
             step()
@@ -199,9 +199,9 @@ def test_torch_counts_the_same_on_gloo_processes(tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
-    assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) == 10
+    assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) == 7
     for i, (rules, sizes, setting, by_torch, seen) in enumerate(ranks[0]):
-        expected = formula(rules, sizes, **setting, c=ODD if i >= 8 else C)
+        expected = formula(rules, sizes, **setting, c=ODD if i >= 5 else C)
         total, bytes_ = Counter(), Counter()
         for name, axis, n in seen:
             total[name, axis] += 1
