@@ -152,7 +152,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, kernel: Ca
     longest = int(offsets.diff().max())
     left = -1 if seen.window is None else seen.window - 1
     right = 0 if seen.causal else left
-    several = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    several: dict[str, bool] = {}
+    if q.shape[2] != k.shape[2]:
+        if "enable_gqa" in inspect.signature(run).parameters:
+            several["enable_gqa"] = True
+        else:  # torch 2.11: as many key and value heads as query heads
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     y: Tensor = run(*(x.flatten(0, 1) for x in (q, k, v)), offsets, offsets, longest, longest, scale=scale,
                     window_size=(left, right), **several)
     return y.unflatten(0, (batch, length))

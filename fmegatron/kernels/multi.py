@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def integers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 @Jit
-def leaf_of(first: Any, count: Any, LEAVES: tl.constexpr) -> Any:
+def leaf_of(first: tl.tensor, count: tl.tensor, LEAVES: tl.constexpr) -> tl.tensor:
     """The leaf whose piece this program takes: the last that begins at or before it."""
     i = tl.arange(0, LEAVES)
     begun = (i < count) & (tl.load(first + i, mask=i < count, other=0) <= tl.program_id(0))

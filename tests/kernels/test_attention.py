@@ -73,10 +73,17 @@ def by_document(q, k, v, offsets, offsets_k, longest, longest_k, *, scale, windo
     return out
 
 
+def of_equal_heads(q, k, v, *given, scale, window_size):
+    """varlen_attn as it is in torch 2.11."""
+    assert q.shape == k.shape == v.shape
+    return by_document(q, k, v, *given, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [by_document, of_equal_heads])
 @pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "any order"])
-def test_varlen_is_asked_the_right_question(pattern):
+def test_varlen_is_asked_the_right_question(pattern, kernel):
     q, k, v, _ = draw()
-    got = attention.varlen(q, k, v, PATTERNS[pattern], 0.3, by_document)
+    got = attention.varlen(q, k, v, PATTERNS[pattern], 0.3, kernel)
     torch.testing.assert_close(got, attention.attend(q, k, v, PATTERNS[pattern], scale=0.3, by="dense"))
 
 
