@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pieces import records_of
+from processes import torchrun
 
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint
@@ -33,11 +31,7 @@ def words(text: Path, folder: Path, mesh: str, more: Mapping[str, Any], start: P
 
 def on_four_processes(commands: Sequence[str], timeout: float) -> str:
     """Run the commands one after the other on the same processes; what they print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(RANKS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *commands], capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
-    return done.stdout
+    return torchrun(4, RANKS, *commands, timeout=timeout)
 
 
 def step(folder: Path, number: int) -> Path:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import torchrun
 
 RANKS = Path(__file__).with_name("data_ranks.py")
 READERS = {"tp=4": [0], "dp=2 tp=2": [0, 2], "cp=2 tp=2": [0], "pp=2 dp=2": [0, 1], "dp=4": [0, 1, 2, 3]}
@@ -19,19 +16,7 @@ ROW = 16 * (4 * 8 + 4) + 8  # bytes
 @pytest.fixture(scope="module")
 def facts(functions) -> list[dict]:
     """What each rank says of each mesh."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    own = [{**common, "WORLD_SIZE": "4", "RANK": str(rank)} for rank in range(4)]
-    words = [sys.executable, str(RANKS), str(functions)]
-    run = [subprocess.Popen(words, env=env, stdout=-1, stderr=-1, text=True) for env in own]
-    try:
-        said = [process.communicate(timeout=120) for process in run]
-    finally:
-        for process in run:
-            process.kill()
-    assert all(process.returncode == 0 for process in run), "\n".join(error[-3000:] for _, error in said)
-    return json.loads(said[0][0].splitlines()[-1])
+    return json.loads(torchrun(4, RANKS, functions, timeout=120).splitlines()[-1])
 
 
 @pytest.mark.parametrize("mesh", READERS)

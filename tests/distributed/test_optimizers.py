@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from fmegatron.transforms import why_not_compile
@@ -15,11 +13,8 @@ RANKS = Path(__file__).with_name("optimizer_ranks.py")
 
 
 def torchrun(*words):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(RANKS), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["muon", "adafactor"]
+    said = processes.torchrun(4, RANKS, *words, timeout=500)
+    assert [line.split()[0] for line in said.splitlines()] == ["muon", "adafactor"]
 
 
 @pytest.mark.long

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 RANKS = Path(__file__).with_name("pipeline_ranks.py")
@@ -30,11 +28,8 @@ MORE = [
 
 def torchrun(cases, timeout):
     """Run cases on processes of their own; AssertionError with the output where one of them dies."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, str(RANKS), *cases], capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert [json.loads(line)["case"] for line in done.stdout.splitlines() if line.startswith("{")] == cases
+    said = processes.torchrun(4, RANKS, *cases, timeout=timeout)
+    assert [json.loads(line)["case"] for line in said.splitlines() if line.startswith("{")] == cases
 
 
 def test_stages_on_processes():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from pieces import records_of
 
@@ -18,8 +19,8 @@ RANKS = Path(__file__).with_name("semisync_ranks.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def torchrun(processes, *words, restarts=0):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def torchrun(count, *words, restarts=0):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     launch += ["--max-restarts", str(restarts)]
     done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -27,7 +28,7 @@ def torchrun(processes, *words, restarts=0):
 
 
 def test_four_processes_are_the_virtual_mesh(tmp_path):
-    report = json.loads(torchrun(4, RANKS, tmp_path).splitlines()[-1])
+    report = json.loads(processes.torchrun(4, RANKS, tmp_path).splitlines()[-1])
     assert not report["wrong"]
     # A small collective a step for metrics, and what is due: x at 2 and 4, u at 3, v at 4, in one when together; outer: 4 turns
     # The last rule sends at the end of step 3, in the middle of which it is saved, and no step waits before the fifth.
@@ -70,8 +71,8 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(words, tmp_path):
 @pytest.mark.long
 def test_fewer_processes_go_on_and_one_comes_back(words, tmp_path):
     run = tmp_path / "run"
-    for processes, steps in ((2, 2), (1, 3), (4, 4), (2, 5)):
-        said = torchrun(processes, *words, f"--run.dir={run}", f"--training.steps={steps}", "--mesh.replica=-1")
+    for count, steps in ((2, 2), (1, 3), (4, 4), (2, 5)):
+        said = torchrun(count, *words, f"--run.dir={run}", f"--training.steps={steps}", "--mesh.replica=-1")
         assert ("goes on from their mean" in said) == (steps == 3 or steps == 5)
-        assert shape(run, steps) == ((processes, 8) if processes > 1 else (8,))
+        assert shape(run, steps) == ((count, 8) if count > 1 else (8,))
     assert len(losses(run)) == 5

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import COMMAND, torchrun
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as `fmegatron` does with the folder it runs in
 
@@ -79,9 +79,7 @@ def test_lion_is_its_formula() -> None:
 
 def test_the_command_trains_it_by_import_path(tmp_path: Path) -> None:
     words = ["train", "experiments/own_model.toml", "--training.steps", "3", "--mesh.virtual", "true", "--mesh.tp", "2"]
-    command = [sys.executable, "-m", "fmegatron", *words, "--run.dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun(1, COMMAND, *words, "--run.dir", tmp_path / "run", cwd=ROOT)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3]
     assert math.isclose(records[0]["loss"], 8, abs_tol=0.1) and records[2]["loss"] < records[0]["loss"]

@@ -5,11 +5,10 @@ Run as a script under torchrun this file is a doctor whose reduce_scatter lies.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -101,30 +100,22 @@ def test_one_process_is_well(monkeypatch, capsys):
         doctor.main(DoctorConfig(mesh=Mesh(tp=2)))
 
 
-def launched(*command, processes=2, **env):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-
-
 def test_two_gloo_processes():
-    done = launched("-m", "fmegatron", "doctor", "--mesh.tp", "2")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "tp of 2 ranks: 5 collectives and their transposes are right" in done.stdout
-    assert "latency" in done.stdout and "GB/s" in done.stdout and done.stdout.strip().endswith("all is well")
+    said = processes.torchrun(2, processes.COMMAND, "doctor", "--mesh.tp", "2")
+    assert "tp of 2 ranks: 5 collectives and their transposes are right" in said
+    assert "latency" in said and "GB/s" in said and said.strip().endswith("all is well")
 
 
 @pytest.mark.long
 def test_two_gloo_processes_of_which_one_lies():
-    done = launched(__file__)
-    assert done.returncode != 0
-    assert "ValueError: doctor: 1 fault(s), the first: tp of 2 ranks: the backward of all_gather gives" in done.stderr
-    assert "all is well" not in done.stdout
+    done = processes.run(2, Path(__file__))
+    assert any("ValueError: doctor: 1 fault(s), the first: tp of 2 ranks: the backward of all_gather gives" in process.stderr
+               for process in done)
+    assert all(process.returncode != 0 and "all is well" not in process.stdout for process in done)
 
 
 def test_a_process_that_never_comes_is_one_line():
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
-    done = subprocess.run([sys.executable, "-m", "fmegatron", "doctor", "--timeout", "2"], capture_output=True, text=True,
-                          timeout=120, env=env)  # fmt: skip
+    [done] = processes.run(1, processes.COMMAND, "doctor", "--timeout", "2", environment={"WORLD_SIZE": "2"})
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("fmegatron: doctor: 1 fault(s), the first: 2 processes should work together")

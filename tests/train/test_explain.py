@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 
 from fmegatron import optim
 from fmegatron.config import load
@@ -195,9 +196,7 @@ def under_torchrun(folder):
 
 
 def test_torch_counts_the_same_on_gloo_processes(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", __file__, str(tmp_path)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(4, Path(__file__), tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert ranks[0] == ranks[1] == ranks[2] == ranks[3] and len(ranks[0]) == 7
     for i, (rules, sizes, setting, by_torch, seen) in enumerate(ranks[0]):

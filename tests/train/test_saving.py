@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import torchrun
 
 from fmegatron import optim, tree
 from fmegatron.data.place import placer
@@ -129,8 +129,7 @@ def test_another_model_is_one_line(change, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def _process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+def under_torchrun(folder: str) -> None:
     torch.set_num_threads(1)
     sh = Sharding(make_mesh("cpu", tp=2), RULES["tp_sp"])
     state = saving.load(f"{folder}/virtual", MODEL, sh, init(MODEL, TX, sh, key=5))
@@ -143,10 +142,7 @@ def test_two_processes(tmp_path):
     sh = MESHES["fsdp"]()
     state = run(sh, init(MODEL, TX, sh, key=1), 0, 2)
     saving.save(tmp_path / "virtual", MODEL, sh, state, {})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    torchrun(2, Path(__file__), tmp_path)
     back = saving.load(tmp_path / "gloo", MODEL, SINGLE, init(MODEL, TX, SINGLE))
     assert equal(whole(sh, state), whole(SINGLE, back)) == []
 
@@ -226,3 +222,7 @@ def test_experts_on_any_mesh(source, tmp_path):
     for sh in homes.values():
         back = saving.load(tmp_path, EXPERTS, sh, init(EXPERTS, TX, sh, key=2))
         assert equal(whole(SINGLE, first, EXPERTS), whole(sh, back, EXPERTS)) == []
+
+
+if __name__ == "__main__":
+    under_torchrun(sys.argv[1])

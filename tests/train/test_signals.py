@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from processes import torchrun
 
 from fmegatron.train.signals import any_rank, stop_on_signals
 
@@ -88,16 +89,14 @@ def test_a_second_press_ends_the_process(grace: str, then: str) -> None:
 
 
 VOTES = """
-import sys
 import torch.distributed as dist
 from fmegatron.train.signals import any_rank
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-print([any_rank(sys.argv[2] == "1" and step == 2) for step in range(3)])
+dist.init_process_group("gloo")
+print([any_rank(dist.get_rank() == 1 and step == 2) for step in range(3)])
 dist.destroy_process_group()
 """
 
 
 def test_all_ranks_stop_at_the_step_at_which_one_was_asked(tmp_path: Path) -> None:
-    commands = [[sys.executable, "-c", VOTES, str(tmp_path / "store"), str(rank)] for rank in range(2)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    assert [child.communicate(timeout=60)[0] for child in children] == ["[False, False, True]\n"] * 2
+    (program := tmp_path / "program.py").write_text(VOTES)
+    assert torchrun(2, program, timeout=60) == 2 * "[False, False, True]\n"
