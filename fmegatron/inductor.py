@@ -80,10 +80,14 @@ PyMODINIT_FUNC PyInit_kernel(void) {
 
 
 def compile_graph(gm: Any, inputs: Any, backward: bool) -> Callable[..., Any]:
-    """A traced graph of fixed shapes, compiled."""
+    """A traced graph of fixed shapes, compiled; one with collectives in its own order, in which they overlap with products.
+
+    (Inductor would wait as soon as it can, to have the memory of what is sent back.)
+    """
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with config.patch(INDUCTOR), one_library_a_graph():
+    ordered = {"reorder_for_peak_memory": False} if any("wait_tensor" in str(node.target) for node in gm.graph.nodes) else {}
+    with config.patch(INDUCTOR | ordered), one_library_a_graph():
         return compile_fx_inner(gm, inputs, is_backward=backward)
 
 

@@ -97,10 +97,20 @@ class OneRank(Even):
         return x
 
 
+@torch.library.custom_op("fmegatron::gather_blocks", mutates_args=("blocks",))
+def gather_blocks(blocks: Tensor, place: int, group: str) -> None:
+    """Fill blocks, of which `place` is there; issued, not waited for."""
+    # One tensor, so that Inductor knows what is sent to be in use until it is waited for: with `out=` it would reuse that.
+    # Not all_gather_into_tensor: gloo's threads race for the memory of its long name (tests/sharding/test_transports.py)
+    mine = blocks.narrow(0, place, 1)
+    torch.ops._c10d_functional.all_gather_into_tensor_out(mine, len(blocks), group, out=blocks)
+
+
 @dataclass(frozen=True)
 class Group(OneRank):
     """A process group, through the functional collectives that Inductor knows; results are issued, `wait` completes them.
 
+    They are no views: where a view is waited for, Inductor gives the memory of what is still being sent to other tensors.
     place: this process's coordinate on the axis. A permutation is an all-to-all in which each rank sends to one.
     late: a second group of the same ranks, for what is on its way while steps go on; empty: there is none.
     """
@@ -114,26 +124,24 @@ class Group(OneRank):
         return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self.name)
 
     def all_gather(self, x: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        # not all_gather_into_tensor: gloo's threads race for the memory of its long name (tests/sharding/test_transports.py)
-        x_flat = x.contiguous().reshape(-1)
-        out = x_flat.new_empty(axis.size * x_flat.numel())
-        flat = torch.ops._c10d_functional.all_gather_into_tensor_out(x_flat, axis.size, self.name, out=out)
-        return flat.view(axis.size, *x.shape)
+        blocks = x.new_empty(axis.size, *x.shape)
+        blocks[self.place] = x
+        gather_blocks(blocks, self.place, self.name)
+        return blocks
 
     def reduce_scatter(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
-        flat = blocks.contiguous().reshape(-1)
-        out = torch.ops._c10d_functional.reduce_scatter_tensor(flat, "sum", axis.size, self.name)
-        return out.view(blocks.shape[1:])
+        flat = blocks.contiguous().flatten(0, 1)
+        return torch.ops._c10d_functional.reduce_scatter_tensor(flat, "sum", axis.size, self.name)
 
     def all_to_all(self, blocks: Tensor, axis: Axis, rank: Tensor) -> Tensor:
         sizes = [1] * axis.size
         return torch.ops._c10d_functional.all_to_all_single(blocks.contiguous(), sizes, sizes, self.name)
 
     def permute(self, x: Tensor, axis: Axis, rank: Tensor, source: tuple[int, ...]) -> Tensor:
-        comes = [int(j == source[self.place]) for j in range(axis.size)]
-        goes = [int(source[j] == self.place) for j in range(axis.size)]
-        received = torch.ops._c10d_functional.all_to_all_single(x.contiguous().unsqueeze(0), comes, goes, self.name)
-        return received.view(x.shape)
+        rows = x.contiguous() if x.dim() else x.reshape(1)
+        comes = [len(rows) * (j == source[self.place]) for j in range(axis.size)]
+        goes = [len(rows) * (source[j] == self.place) for j in range(axis.size)]
+        return torch.ops._c10d_functional.all_to_all_single(rows, comes, goes, self.name).view(x.shape)
 
     def exchange(self, x: Tensor, axis: Axis, rank: Tensor, send: Splits, receive: Splits) -> Tensor:
         return torch.ops._c10d_functional.all_to_all_single(x, list(receive), list(send), self.name)

@@ -179,7 +179,7 @@ def value_and_grad(
     seeds = {term: dict(plan.weights).get(term, 1.0) / n.clamp(min=1) for term, n in counts.items()}
     stored = tree.to_paths(params)
     engine = plan.engine
-    sh = sh.overlapping(1 if engine is FUNC or isinstance(engine, Compiled) else plan.async_tp)  # compiled: wrong
+    sh = sh.overlapping(1 if engine is FUNC else plan.async_tp)
     free, hold = engine is not FUNC, plan.placed is not None
     weights = Weights(sh, plan.leaves, stored, plan.dtype, plan.prefetch, free, plan.reshard, hold)
     gradients = Gradients(sh, plan.leaves, stored, plan.wire, plan.precision, behind=plan.prefetch > 0)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, thread_mesh
 from fmegatron.sharding.mesh import with_transports
 from fmegatron.sharding.traffic import counted
-from fmegatron.testing import assert_same, measure
+from fmegatron.sharding.transports import Group
+from fmegatron.testing import assert_same, assert_trees_all_close, measure
 from fmegatron.testing.background import Background, Products
+from fmegatron.transforms import AUTOGRAD, Compiled, why_not_compile
 
 
 def model():
@@ -65,3 +70,64 @@ def test_the_next_chunk_travels_while_one_is_multiplied():
     assert order(1, *leave) == ["mRr", "Ggmm"]
     assert order(2, *leave) == ["mRmRrr", "GGgmgmm"]
     assert order(4, *entry)[0] == "GGgmGgmGgmgm"
+
+
+class Late(TorchDispatchMode):
+    """The collectives of rank 0 of two whose partner sends zeros; each reads what is sent when it is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.spelled, self.under_way = "", {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        letters = {"gather_blocks": "G", "reduce_scatter_tensor": "R", "wait_tensor": "", "mm": "m", "bmm": "m"}
+        if name not in letters or type(args[0]) is not torch.Tensor:  # while it is traced
+            return func(*args, **(kwargs or {}))
+        self.spelled, sent = self.spelled + letters[name], args[0]
+        if name == "gather_blocks":
+            self.under_way[sent.data_ptr()] = "g", lambda: sent[1].zero_()
+        elif name == "reduce_scatter_tensor":
+            got = sent.new_full((len(sent) // 2, *sent.shape[1:]), torch.nan)
+            self.under_way[got.data_ptr()] = "r", lambda: got.copy_(sent[: len(got)])
+            return got
+        elif name == "wait_tensor":
+            letter, arrive = self.under_way.pop(sent.data_ptr())
+            self.spelled += letter
+            arrive()
+            return sent
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def half():
+    """A group of two of which only rank 0 is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield Group(dist.group.WORLD.group_name, place=0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
+@pytest.mark.parametrize("pattern, x_shape, w_shape, forward, backward", [
+    ("batch seq embed, embed mlp -> batch seq mlp", (1, 4, 5), (5, 3), "GGgmGgmGgmgm", "mRmRmRmRmrrrr"),
+    ("batch seq mlp, mlp embed -> batch seq embed", (1, 8, 3), (3, 5), "mRmRmRmRrrrr", "GGgmGgmGgmgmm"),
+])  # fmt: skip
+def test_compiled_chunks_send_what_nobody_overwrites(half, pattern, x_shape, w_shape, forward, backward):
+    """A result that is waited for as a view, or has `out=`, does not tell Inductor that what was sent is still being read."""
+    mesh = with_transports(abstract_mesh(tp=2), {"tp": half})
+    sh = Sharding(mesh, RULES["tp_sp"]).bind({"seq": 8, "mlp": 6}).at(torch.tensor(0)).overlapping(4)
+    wrt = {"x": torch.rand(x_shape, dtype=torch.float64), "w": torch.rand(w_shape, dtype=torch.float64)}
+
+    def block(wrt, rest):
+        return {"y": sh.einsum(pattern, wrt["x"].sin(), wrt["w"]).cos()}
+
+    def found(engine):
+        with Late() as late:
+            values, _, pullback = engine.vjp(block, wrt, {}, "block")
+            ahead, late.spelled = late.spelled, ""
+            return {**values, **pullback({"y": torch.ones_like(values["y"])})}, ahead, late.spelled
+
+    (values, *orders), (expected, *eager) = found(Compiled()), found(AUTOGRAD)
+    assert orders == eager == [forward, backward]
+    assert_trees_all_close(values, expected, 1e-14)

@@ -163,7 +163,7 @@ def under_torchrun(folder):
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    names = {"all_reduce": "all_reduce", "all_gather_into_tensor_out": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+    names = {"all_reduce": "all_reduce", "gather_blocks": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 
     class Bytes(TorchDispatchMode):
         def __init__(self, axes):
@@ -173,10 +173,9 @@ def under_torchrun(folder):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             packet = func.overloadpacket
-            if str(packet).startswith("_c10d_functional.") and "wait" not in str(packet):
-                name = names[packet.__name__]
-                x = out if name == "all_gather" else args[0]
-                self.seen.append((name, self.axes[args[-1]], x.numel() * x.element_size()))
+            if packet.__name__ in names:
+                x = args[0]  # a gather's is what all have
+                self.seen.append((names[packet.__name__], self.axes[args[-1]], x.numel() * x.element_size()))
             return out
 
     results = []
@@ -185,7 +184,7 @@ def under_torchrun(folder):
         mesh = make_mesh(**sizes)
         step = run_step(mesh, rules, **SETTINGS[i % 2], c=ODD if i >= 5 else C)
         with Bytes({axis.transport.name: axis.name for axis in mesh.axes}) as mode, (torch_own := CommDebugMode()):
-            torch_own.comm_registry.add(torch.ops._c10d_functional.all_gather_into_tensor_out)  # of which it does not know
+            torch_own.comm_registry.add(torch.ops.fmegatron.gather_blocks)  # of which it does not know
             step()
         counts = {names[str(op).split(".")[-1]]: n for op, n in torch_own.get_comm_counts().items()}
         results.append([rules, sizes, SETTINGS[i % 2], counts, mode.seen])
