@@ -87,7 +87,7 @@ def scale_by_factored(decay: float, floor: float | None, eps: float, clip_rms: f
         scale = mean(rows, rows_of, square=False)
 
         def moment(path: str) -> Tensor:
-            return rows[path] / scale[path].clamp(min=least[path]) * cols[path] if path in matrices else nu[path] + 0
+            return rows[path] / scale[path].clamp(min=least[path]) * cols[path] if path in matrices else nu[path].clone()
 
         # Each leaf's temporaries lie in one array: on a CPU a new one costs its pages, more than what is done with it.
         u = {path: by(root(moment(path), least[path] ** 2), x) for path, x in g.items()}

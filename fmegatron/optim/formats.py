@@ -107,7 +107,9 @@ def in_blocks(dtype: torch.dtype, mantissa: int, least: int, top: int, root: boo
         x = x.float()[None] if scalar else x.float()
         x = x.sqrt() if root else x
         n = x.shape[-1]
-        largest = F.pad(x.abs(), (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
+        size = x.abs()
+        whole = F.pad(size, (0, -n % BLOCK)) if n % BLOCK else size  # a pad of nothing asks a traced tensor for its rows
+        largest = whole.reshape(*x.shape[:-1], blocks(n), BLOCK).amax(-1)
         octave = (largest.view(torch.int32) >> 23) - 127
         shift = (top - octave).clamp(*SHIFTS)
         y = round_stochastically(x * spread(shift, x), bits, mantissa, least).to(dtype)

@@ -16,7 +16,8 @@ The links of tx fall into three parts, and only the last elementwise run is fuse
 
 Where the last link is `multi`, each of its groups is such a step on its own leaves, times the factor before it.
 
-kernels   "triton": one launch for all leaves of adam and adamw, see multi_tensor.py; what that does not take goes as it would
+kernels   "triton": one launch for all leaves of adam and adamw; else on a CPU torch's own operator for them, unless the
+          compiled pass would fold a factor in: see multi_tensor.py. What neither takes goes as follows
 compile   one kernel by Inductor over leaves as rows of 64, any number of them: compiled once a dtype, and free of the
           integer division per vector that Inductor writes for a length it knows nothing about (three times slower)
 donate    the old params and slots are overwritten and returned: no new memory. Eager, it goes by pieces that fit a cache
@@ -44,7 +45,7 @@ from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_up
 from fmegatron.optim.elementwise import Elementwise, plain
 from fmegatron.optim.formats import HALVES, SAME, Split
 from fmegatron.optim.groups import Groups, join
-from fmegatron.optim.multi_tensor import Given, one_launch
+from fmegatron.optim.multi_tensor import Given, kernel_of
 from fmegatron.optim.packed import ROW, draw, halved, joined, on_rows, pack, where_of
 from fmegatron.optim.stream import Piece, cuts, in_turn
 
@@ -161,7 +162,8 @@ class FusedStep:
         vectors: dict[Any, Tensor] = {}
         results: list[tuple[Tensor, ...]] = []
         pieces: list[Piece] = []
-        launch, together = one_launch(forms, halves) if self.kernels == "triton" else None, list[Given]()
+        launch = kernel_of(forms, old, halves, self.kernels, leaves[0].device, folds=compile and by is not None)
+        together: list[Given] = []
         for i, (p, g) in enumerate(zip(leaves, tree.leaves(u), strict=True)):
             each = next(own) if own else ()
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32

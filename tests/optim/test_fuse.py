@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fmegatron import optim, tree
-from fmegatron.optim import elementwise
+from fmegatron.optim import elementwise, multi_tensor
 from fmegatron.optim.base import Transform
 
 
@@ -104,6 +104,31 @@ def run(name, dtype, donate, compile):
         assert all((p.data_ptr() == old[path]) == donate for path, p in tree.to_paths(ours).items())
         theirs, expected = plain_step(tx, g, expected, theirs)
         close((ours, state), (theirs, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name, narrow", [("plain", False), ("clipped", False), ("adam", True), ("groups", False)])
+def test_torchs_operator_is_the_pass(name, narrow, dtype, monkeypatch):
+    """The same numbers by torch._fused_adamw_: factors, masks, groups, skipped steps; gradients stay as they are."""
+    monkeypatch.setattr(multi_tensor, "PIECE", 100)
+    rate, mask = optim.cosine(1e-2, warmup=1, steps=9), lambda path, leaf: {"a": 1.0, "c.many": 0.5}.get(path, 0.0)
+    tx = {"plain": optim.adamw(rate, mask=mask), "adam": optim.adam(rate, (0.8, 0.99), 1e-3),
+          "clipped": optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(rate, weight_decay=optim.linear(0.3, steps=5))),
+          "groups": optim.multi({"x": optim.adamw(rate, eps=1e-2), "y": optim.sgd(0.1)}, [("c.*", "x"), ("*", "y")])}[name]
+    seen, real = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **b: seen.append(len(a[0])) or real(*a, **b))
+    params, grads = problem(dtype)
+    grads = [tree.map(lambda g: g.to(torch.bfloat16 if narrow else dtype), one) for one in grads]
+    ours, theirs, before = (tree.map(torch.clone, x) for x in ((params, tx.init(params)), (params, tx.init(params)), grads))
+    for i, g in enumerate(grads):
+        ok = torch.tensor(i != 1)
+        ours = optim.fuse(tx)(g, ours[1], ours[0], ok=ok, donate=True, compile=False)
+        theirs = optim.fuse(tx)(g, theirs[1], theirs[0], ok=ok, donate=False, compile=False)
+    close(ours, theirs)
+    close(grads, before, exact=True)
+    whole = {"plain": [1, 1, 4], "groups": [1, 2]}  # leaves with the same numbers at once
+    pieces = name == "clipped" or narrow
+    assert (set(seen), len(seen) > 12) == ({1}, True) if pieces else sorted(seen) == sorted(whole[name] * 2), seen
 
 
 def test_lengths_and_rates_do_not_recompile():

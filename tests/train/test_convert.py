@@ -193,11 +193,7 @@ WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-
     ("--data-path 0.3 /a 0.7 /b", {"data.blend": {"/a": 0.3, "/b": 0.7}}),
 ])  # fmt: skip
 def test_megatron_flags_that_say_a_thing_together(flags, ours, tmp_path):
-    (tmp_path / "pretrain.sh").write_text(f"{WHOLE} {flags}")
-    text, unknown = migrate.convert_config(str(tmp_path / "pretrain.sh"))
-    assert unknown == []
-    (tmp_path / "ours.toml").write_text(text)
-    run = config.load(tmp_path / "ours.toml")
+    run = converted(f"{WHOLE} {flags}", tmp_path)
     for key, value in ours.items():
         group, name = key.split(".")
         assert (run.model.overrides[name] if group == "model" else getattr(getattr(run, group), name)) == value, key
@@ -215,14 +211,19 @@ def test_megatron_flags_that_say_a_thing_together(flags, ours, tmp_path):
     ("--bf16 --exp-avg-dtype fp32 --fp32-residual-connection", {"mu_dtype": "fp32", "fp32_residual": True}),
 ])  # fmt: skip
 def test_megatron_flags_of_precision(flags, ours, tmp_path):
-    (tmp_path / "pretrain.sh").write_text(f"--num-layers 2 --hidden-size 64 --num-attention-heads 4 {flags}")
-    text, unknown = migrate.convert_config(str(tmp_path / "pretrain.sh"))
-    assert unknown == []
-    (tmp_path / "ours.toml").write_text(text)
-    run = config.load(tmp_path / "ours.toml")
+    run = converted(f"--num-layers 2 --hidden-size 64 --num-attention-heads 4 {flags}", tmp_path)
     for key, value in ours.items():
         group = run.optimizer if key.startswith(("mu_", "nu_")) else run.training
         assert (run.model.overrides[key] if key == "fp32_residual" else getattr(group, key)) == value, key
+
+
+def converted(flags, folder):
+    """The run that a script with Megatron-LM's flags becomes; each of them has a counterpart."""
+    (folder / "pretrain.sh").write_text(flags)
+    text, unknown = migrate.convert_config(str(folder / "pretrain.sh"))
+    assert unknown == []
+    (folder / "ours.toml").write_text(text)
+    return config.load(folder / "ours.toml")
 
 
 TITAN = """
