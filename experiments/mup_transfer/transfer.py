@@ -3,7 +3,8 @@
     python experiments/mup_transfer/transfer.py [--steps 60] [--widths 1,2,4] [--out experiments/mup_transfer]
 
 Writes transfer.json and transfer.png: loss against learning rate, a line a width, and the coordinate check: how far the last
-hidden state has moved after so many steps, over width, with its initial size. Tokens come from a random chain over 32 words.
+hidden state has moved after so many steps, over width and over depth, with its initial size. Tokens come from a random chain
+over 32 words.
 """
 
 from __future__ import annotations
@@ -95,20 +96,21 @@ def sweep(widths, rates, scaled, tokens):
 
 
 def picture(results, path):
-    """Four panels: loss over learning rate, and coordinates over width, muP to the right."""
+    """Six panels: loss over learning rate, coordinates over width and over depth, muP (CompleteP) to the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 6))
-    axes = figure.subplots(2, 2)
+    figure = Figure((9, 9))
+    axes = figure.subplots(3, 2)
     for column, name in enumerate(("standard", "muP")):
         for n, line in results[name]["loss"].items():
             axes[0][column].plot([float(lr) for lr in line], list(line.values()), marker="o", label=f"width x{n}")
         axes[0][column].set(title=name, xscale="log", xlabel="learning rate", ylabel="loss at the end")
-        points = results[name]["coordinates"]
-        for i, label in enumerate(("initial", "change")):
-            axes[1][column].plot([int(n) for n in points], [v[i] for v in points.values()], marker="o", label=label)
-        axes[1][column].set(xscale="log", yscale="log", xlabel="width / base", ylabel="rms of the last hidden state")
-        for row in (0, 1):
+        for row, what in enumerate(("width", "depth"), 1):
+            points = results[name]["coordinates" if what == "width" else "coordinates by depth"]
+            for i, label in enumerate(("initial", "change")):
+                axes[row][column].plot([int(n) for n in points], [v[i] for v in points.values()], marker="o", label=label)
+            axes[row][column].set(xscale="log", yscale="log", xlabel=f"{what} / base", ylabel="rms of the last hidden state")
+        for row in range(3):
             axes[row][column].legend()
     figure.tight_layout()
     figure.savefig(path)
@@ -118,14 +120,17 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--widths", default="1,2,4")
+    parser.add_argument("--depths", default="1,2,4,8")
     parser.add_argument("--rates", default="-9,-8,-7,-6,-5,-4", help="powers of 2")
     parser.add_argument("--out", default=str(Path(__file__).parent))
     a = parser.parse_args(args)
     torch.set_num_threads(1)
-    widths, rates = [int(n) for n in a.widths.split(",")], [2.0 ** float(n) for n in a.rates.split(",")]
+    widths, depths = ([int(n) for n in given.split(",")] for given in (a.widths, a.depths))
+    rates = [2.0 ** float(n) for n in a.rates.split(",")]
     tokens, results = text(a.steps), {}
     for name, scaled in (("standard", False), ("muP", True)):
-        results[name] = {"loss": sweep(widths, rates, scaled, tokens), "coordinates": coordinates(widths, scaled)}
+        results[name] = {"loss": sweep(widths, rates, scaled, tokens), "coordinates": coordinates(widths, scaled),
+                         "coordinates by depth": coordinates(depths, scaled, depth=True)}
         results[name]["best"] = {n: min(line, key=line.get) for n, line in results[name]["loss"].items()}
         print(name, "best learning rate by width:", results[name]["best"])
     out = Path(a.out)

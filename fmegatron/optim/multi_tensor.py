@@ -4,8 +4,8 @@
                 halves, moments in any format
     Operator    torch's own, as torch.optim.AdamW(fused=True) calls it: parameters and moments of one dtype on a CPU
 
-They take the tails [scale_by_adam, add_decayed_weights, scale_by_learning_rate] and [scale_by_adam, scale_by_learning_rate] with
-betas that stay. Other tails, and leaves that do not lie flat or whose blocks would be cut, go through the pass of fuse.py.
+They take the tails [scale_by_adam, add_decayed_weights, scale_by_learning_rate] and [scale_by_adam, scale_by_learning_rate]
+with betas that stay. Other tails, and leaves that do not lie flat or whose blocks would be cut, go through the pass of fuse.py.
 """
 
 from __future__ import annotations

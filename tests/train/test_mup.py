@@ -106,8 +106,17 @@ def test_coordinates_stay_with_muP_and_grow_without():
         assert growing[4][i] / growing[1][i] > 4
 
 
+def test_coordinates_stay_in_depth_with_CompleteP_and_grow_without():
+    """The stream's size and what three steps make of it, eight times as deep: a sum of m_L terms, each times 1 / m_L."""
+    run = experiment()
+    flat, growing = (run.coordinates([1, 8], scaled, steps=3, depth=True) for scaled in (True, False))
+    for i in (0, 1):
+        assert 0.4 < flat[8][i] / flat[1][i] < 1.6, (i, flat)
+        assert growing[8][i] / growing[1][i] > 2.5, (i, growing)
+
+
 def test_the_experiment_runs(tmp_path):
-    experiment().main(["--steps", "4", "--widths", "1,2", "--rates=-7,-6", "--out", str(tmp_path)])
+    experiment().main(["--steps", "4", "--widths", "1,2", "--depths", "1,2", "--rates=-7,-6", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "transfer.json").read_text())
     assert set(results) == {"standard", "muP"} and (tmp_path / "transfer.png").stat().st_size > 10_000
 
