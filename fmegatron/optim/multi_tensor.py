@@ -25,6 +25,7 @@ from fmegatron.optim.elementwise import Elementwise
 from fmegatron.optim.formats import BLOCK
 from fmegatron.optim.packed import Where
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
 PIECE = 1 << 18  # elements of a scaled gradient
 
 
@@ -128,8 +129,7 @@ class Operator:
         return arrays
 
     def _update(
-        self, rate: float, decay: float, grads: Sequence[Tensor], params: Sequence[Tensor], firsts: Sequence[Tensor],
-        seconds: Sequence[Tensor],
+        self, rate: float, decay: float, grads: Tensors, params: Tensors, firsts: Tensors, seconds: Tensors
     ) -> None:
         b1, b2 = self.adam.betas
         torch._fused_adamw_(params, grads, firsts, seconds, [], [self.step] * len(params), lr=rate, beta1=b1, beta2=b2,
