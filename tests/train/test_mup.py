@@ -107,7 +107,7 @@ def test_coordinates_stay_with_muP_and_grow_without():
 
 
 def test_coordinates_stay_in_depth_with_CompleteP_and_grow_without():
-    """What steps change is a sum of m_L like terms, each times 1 / m_L; what a draw adds is less: it tends to the table's size."""
+    """What steps change is a sum of m_L like terms, each times 1 / m_L; what a draw adds falls: the table's size is left."""
     run = experiment()
     flat, growing = (run.coordinates([1, 8], scaled, steps=3, depth=True) for scaled in (True, False))
     assert 0.4 < flat[8][1] / flat[1][1] < 1.6, flat
@@ -116,7 +116,7 @@ def test_coordinates_stay_in_depth_with_CompleteP_and_grow_without():
 
 
 def test_the_experiment_runs(tmp_path):
-    experiment().main(["--steps", "4", "--widths", "1,2", "--depths", "1,2", "--rates=-7,-6", "--out", str(tmp_path)])
+    experiment().main(["--steps", "4", "--widths", "1,2", "--depths", "1", "--rates=-7,-6", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "transfer.json").read_text())
     assert set(results) == {"standard", "muP"} and (tmp_path / "transfer.png").stat().st_size > 10_000
 
