@@ -3,7 +3,7 @@
     q = quantize(x, E4M3, recipe.operand)        x [rows, inner] is about q.values times q.scales; a product sums over inner
 
     tensorwise      one scale a tensor                                   torchao, Transformer Engine's current scaling
-    delayed         the same, from earlier steps' largest values; gradients by their own       Transformer Engine
+    delayed         the same, from the last steps' largest values, gradients too                Transformer Engine
     rowwise         one scale a row (inner is what a product sums over)   torchao
     blockwise       1 x 128, weights 128 x 128                            DeepSeek-V3, arXiv:2412.19437, section 3.3
     mxfp8           1 x 32, scales are powers of two                      OCP MX v1.0; rounded up, so that nothing saturates
@@ -14,7 +14,7 @@ Values lie in 8 bits each (those of 4 bits too, which e4m3 holds exactly); scale
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -199,10 +199,42 @@ def largest_of(top: Tensor) -> Tensor:
     return top.to(torch.promote_types(top.dtype, torch.float32))
 
 
+def boxes(sizes: Sequence[int], rows: int, block: int) -> tuple[int, ...] | None:
+    """Squares of a matrix as boxes of the leaf whose first `rows` dims are flattened to one of its sides, and the others to
+    the other: how many lie along each dim; None where blocks of the flattened dims are no boxes.
+    """
+    found: list[int] = []
+    for group in (sizes[:rows], sizes[rows:]):
+        left, counts = block, list[int]()
+        for size in reversed(group):
+            inside = min(size, left)
+            if size % inside or left % inside:
+                return None
+            counts.append(size // inside)
+            left //= inside
+        if left > 1:
+            return None
+        found += reversed(counts)
+    return tuple(found)
+
+
+def tops(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """The largest size in each of x's boxes, of which there are `counts` along its dims; (): in all of it [0-D]."""
+    return _boxed(x, counts).abs().amax(tuple(range(1, 2 * len(counts), 2))) if counts else x.abs().amax()
+
+
 def eight_bits(x: Tensor, top: Tensor, recipe: Recipe) -> Tensor:
-    """A weight's shard, of any shape, as uint8: what `quantize` makes of the whole, whose largest value is top [0-D]."""
+    """A weight's shard, of any shape, as uint8: what `quantize` makes of the whole. top: the largest value of each of its
+    boxes, or the whole weight's [0-D].
+    """
     factor, _ = factors(top, recipe.format, recipe.weight)
-    return recipe.format.round(largest_of(x) * factor).view(torch.uint8)
+    factor = factor.reshape([n for size in top.shape for n in (size, 1)])
+    return recipe.format.round(largest_of(_boxed(x, top.shape)) * factor).view(torch.uint8).reshape(x.shape)
+
+
+def _boxed(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """With two dims for each: blocks, and what is in one; no counts: as it is."""
+    return x.reshape([n for size, count in zip(x.shape, counts, strict=True) for n in (count, size // count)]) if counts else x
 
 
 def multiply(a: Quantized, b: Quantized) -> Tensor:

@@ -44,8 +44,8 @@ def lower(
 ) -> Model:
     """The model with the products of chosen weights by their recipes; `first` and `last` layers stay as they are.
 
-    gather: stored shards of weights travel in 8 bits where their recipe has one scale for the whole weight (tensorwise). A
-    recipe None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing.
+    gather: stored shards of weights travel in 8 bits where a shard has what its scales ask for (train/lowgather.py). A recipe
+    None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing.
     """
     layers = sum(node.is_layer for node in model.chain)
     used: set[str] = set()

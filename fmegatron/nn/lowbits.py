@@ -30,19 +30,14 @@ Axes = tuple[Axis, ...]
 PAYLOAD, TOP = "_8bit", "_top"  # behind a weight's name: what it was gathered as
 
 
-def gathers(recipe: Recipe) -> bool:
-    """Whether weights of a recipe can be gathered in 8 bits: with one scale, of this step's largest value."""
-    return recipe.name == "tensorwise"
-
-
 @dataclass(frozen=True)
 class Lowered:
     """A weight inside a block, and the recipe of its products; `sh.einsum` takes it in place of a tensor.
 
     history: of delayed scaling, fp32 [3, steps], the newest last: the largest values of x, of the weight, and of the result's
     gradient. site: its name, under which this step's are tapped; the gradient's comes as the cotangent of history's last place.
-    payload, top: the weight as it was gathered, in 8 bits (uint8), and the whole one's largest value [0-D]; `tensor` then has
-    its shape, dtype and gradient, but no values.
+    payload, top: the weight as it was gathered, in 8 bits (uint8), and the whole one's largest value [0-D], or that of each of
+    its boxes [blocks along each dim]; `tensor` then has its shape, dtype and gradient, but no values.
     """
 
     tensor: Tensor
@@ -70,7 +65,7 @@ class Lowered:
         k = form.contracted
 
         def flattened(w: Tensor) -> Tensor:
-            return w.permute(*form.order[k:], *form.order[:k]).reshape(-1, x.shape[-k:].numel())
+            return w.permute(*form.order[k:], *form.order[:k]).flatten(-k).flatten(0, -2)
 
         w = run(self.tensor, sh.rank, plan.right)
         tail, matrix = [w.shape[dim] for dim in form.order[k:]], flattened(w)
@@ -86,7 +81,11 @@ class Lowered:
             shared[key] = operand(flat.detach(), sh.rank, on, None if tops is None else tops[0])
         low: tuple[Tensor | None, ...] = (None, None)
         if self.payload is not None and self.top is not None:
-            made = factors(self.top.reshape(1, 1, 1, 1), self.recipe.format, self.recipe.weight)
+            of = flattened(run(self.top, sh.rank, plan.right)) if self.top.dim() else self.top.reshape(1, 1)
+            block = self.recipe.operand.inner
+            if block is not None and (of.shape[0] * block, of.shape[1] * block) != matrix.shape:
+                raise ValueError(f"{self.site}: a product over other dims than it is declared with: set fp8.gather = false")
+            made = factors(of[:, None, :, None], self.recipe.format, self.recipe.weight)
             low = (flattened(run(self.payload, sh.rank, plan.right)).view(self.recipe.format.dtype), made[1])
         y: Tensor = _Linear.apply(flat, matrix, self.history, *low, *shared[key], tops, sh.rank, on)
         return y.reshape(*x.shape[:-k], *tail)

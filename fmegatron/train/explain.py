@@ -31,10 +31,11 @@ from fmegatron.train import setup
 from fmegatron.train.explain_meetings import explain_meetings
 from fmegatron.train.explanation import Explanation, LeafRow, Staged
 from fmegatron.train.leaves import Leaf
+from fmegatron.train.lowgather import EIGHT
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
 from fmegatron.train.rehearsal import Rehearsal, local_shape, rehearse
 from fmegatron.train.step import Plan
-from fmegatron.train.weights import EIGHT, gathered_low, node_leaves
+from fmegatron.train.weights import gathered_low, node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree
 
@@ -181,7 +182,7 @@ def _explain_leaves(plan: Plan, opt_state: Tree, dtype: torch.dtype) -> tuple[Le
         if owner is not None:
             state[owner] += _bytes(x)
     rows = []
-    low = gathered_low(plan.model.chain, plan.leaves)
+    low = gathered_low(plan.sh, plan.model.chain, plan.leaves)
     for path, leaf in plan.leaves.items():
         gradient = leaf.optimizer if plan.sh.rules.reduce == "microbatch" else leaf.compute
         local = [math.prod(local_shape(plan.sh, leaf, place)) for place in (leaf.compute, leaf.storage, gradient)]

@@ -3,7 +3,7 @@
 `Weights` walks the visits that a step will make to nodes, in order. Each visit hands out the node's parameters as they lie
 in use; the gather of the next visit's is already under way. What was gathered (or cast) is freed when the node is left:
 its bytes go, its tensors stay, so that a backward graph that saved them works again once `restore` has filled them.
-Weights of products of 8 bits travel in 8 bits where one scale serves the whole of them.
+Weights of products of 8 bits travel in 8 bits where their scales allow it (lowgather.py).
 A `Reshard` names the nodes that are not freed before their backward is over: memory for half of the gathers.
 """
 
@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
-from fmegatron.kernels.quantize import Recipe, eight_bits, largest_of
+from fmegatron.kernels.quantize import eight_bits, largest_of, tops
 from fmegatron.models.model import Node
-from fmegatron.nn.lowbits import PAYLOAD, TOP, gathers
+from fmegatron.nn.lowbits import PAYLOAD, TOP
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.bucket import Finish, start
-from fmegatron.sharding.collectives import Pmax
-from fmegatron.sharding.relayout import run
 from fmegatron.train.leaves import Leaf
+from fmegatron.train.lowgather import EIGHT, gathered_tops, travels, travels_low
 from fmegatron.tree import Tree
-
-EIGHT = "gathered in 8 bits"  # a note of a leaf
 
 
 def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -42,22 +39,15 @@ def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
     return own
 
 
-def travels_low(node: Node, name: str, leaf: Leaf) -> Recipe | None:
-    """The recipe by which a node's leaf is gathered in 8 bits; None: it is not, or not at all."""
-    recipe = dict(node.low).get(name)
-    return recipe if recipe is not None and leaf.gather and gathers(recipe) else None
-
-
-def gathered_low(chain: Sequence[Node], leaves: dict[str, Leaf]) -> dict[str, tuple[str, ...]]:
+def gathered_low(sh: Sharding, chain: Sequence[Node], leaves: dict[str, Leaf]) -> dict[str, tuple[str, ...]]:
     """{path: a note} for leaves that are multiplied in few bits and gathered: whether they travel so."""
     found: dict[str, tuple[str, ...]] = {}
     for node in chain:
         own = node_leaves(node, leaves)
         for name, recipe in node.low:
-            low = travels_low(node, name, own[name]) is not None
             if own[name].gather:
-                say = EIGHT if low else f"gathered whole: {recipe.name} has no one scale to gather by"
-                found[own[name].path] = (say,)
+                how = travels(sh, recipe, own[name])
+                found[own[name].path] = (f"gathered whole: {how}" if isinstance(how, str) else EIGHT,)
     return found
 
 
@@ -106,27 +96,26 @@ class Weights:
         self.ahead = ahead
         self.pending: deque[tuple[Node, Finish]] = deque()
         self.whole: dict[str, Tensor] = {}  # leaves that need no gather, cast once for the whole step
-        self.tops: dict[tuple[str, int | None], Tensor] = {}  # largest values of whole weights that travel in 8 bits
+        self.tops: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}  # largest values of what goes, and comes, in 8 bits
 
     def plan(self, visits: Sequence[Node]) -> None:
         """Add visits to come."""
         self.visits.extend(visits)
-        low = {(leaf.path, node.layer): leaf for node in visits for name, leaf in node_leaves(node, self.leaves).items()
-               if travels_low(node, name, leaf) and (leaf.path, node.layer) not in self.tops}  # fmt: skip
-        if low:  # one small collective an axis, for the whole step
-            axes = {axis for leaf in low.values() for axis in leaf.storage.placed}
-            ops = [Pmax(axis) for axis in self.sh.mesh.axes if axis.name in axes]
-            tops = torch.stack([largest_of(self._cast(self._local(leaf, layer).abs().amax(), leaf))
-                                for (_, layer), leaf in low.items()])  # fmt: skip
-            self.tops |= dict(zip(low, run(tops, self.sh.rank, ops).unbind(0), strict=True))
+        low = {(leaf.path, node.layer): (leaf, how[1]) for node in visits
+               for name, leaf in node_leaves(node, self.leaves).items()
+               if (how := travels_low(self.sh, node, name, leaf)) and (leaf.path, node.layer) not in self.tops}  # fmt: skip
+        if low:
+            mine = {key: largest_of(self._cast(tops(self._local(leaf, key[1]), counts), leaf))
+                    for key, (leaf, counts) in low.items()}  # fmt: skip
+            self.tops |= gathered_tops(self.sh, mine, low)
 
     def _local(self, leaf: Leaf, layer: int | None) -> Tensor:
         x = self.params[leaf.path]
         return x[layer] if leaf.stacked and layer is not None else x
 
     def _sent(self, name: str, leaf: Leaf, node: Node) -> Tensor:
-        x, recipe = self._stored(leaf, node), travels_low(node, name, leaf)
-        return x if recipe is None else eight_bits(x, self.tops[leaf.path, node.layer], recipe)
+        x, how = self._stored(leaf, node), travels_low(self.sh, node, name, leaf)
+        return x if how is None else eight_bits(x, self.tops[leaf.path, node.layer][0], how[0])
 
     def _stored(self, leaf: Leaf, node: Node) -> Tensor:
         x = self.params[leaf.path]
@@ -155,12 +144,12 @@ class Weights:
             return self.kept[node.index]
         found: dict[str, Tensor] = {}
         for (name, leaf), x in zip(node_leaves(node, self.leaves).items(), self._next(node)(None), strict=True):
-            if travels_low(node, name, leaf) is None:
+            if travels_low(self.sh, node, name, leaf) is None:
                 found[name] = x
             else:  # in place of the weight stands what has its shape and gradient, without memory
-                found[name + PAYLOAD], found[name + TOP] = x, (top := self.tops[leaf.path, node.layer])
+                found[name + PAYLOAD], found[name + TOP] = x, (top := self.tops[leaf.path, node.layer][1])
                 dtype = self.dtype or self.params[leaf.path].dtype
-                found[name] = torch.zeros_like(top, dtype=dtype).expand(x.shape)
+                found[name] = torch.zeros_like(top.reshape(-1)[0], dtype=dtype).expand(x.shape)
         own: Tree = tree.from_paths(found)
         if self.keeps(node):
             self.kept[node.index] = own
@@ -195,7 +184,8 @@ class Weights:
             return []
         values: dict[str, Any] = tree.to_paths(own)
         every = node_leaves(node, self.leaves).items()
-        return [values[name + PAYLOAD if travels_low(node, name, leaf) else name] for name, leaf in every if leaf.gather]
+        low = {name for name, leaf in every if travels_low(self.sh, node, name, leaf)}
+        return [values[name + PAYLOAD if name in low else name] for name, leaf in every if leaf.gather]
 
     def keeps(self, node: Node) -> bool:
         """Whether a node's parameters stay gathered from its forward to its backward."""
