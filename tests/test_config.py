@@ -127,7 +127,8 @@ def test_mistakes_in_a_file(text, said, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("table, word", [
-    ({"training": {"global_batch": 6, "microbatches": 4}}, "does not divide"),
+    ({"training": {"global_batch": 6, "microbatches": 4}}, "use 3 microbatches, or a batch of 4 or 8"),
+    ({"mesh": {"dp": 0}}, "or -1 for every process"),
     ({"training": {"compile": True}, "mesh": {"virtual": True}}, "runs eager"),
     ({"mesh": {"threads": True}}, "needs mesh.virtual"),
     ({"model": {"hf": "a", "function": "b:c"}}, "one model"),

@@ -197,8 +197,11 @@ class RunConfig:
         batch, parts = self.training.global_batch, self.training.microbatches
         if batch % parts:
             near = " or ".join(str(n) for n in (batch // parts * parts, -(-batch // parts) * parts) if n)
+            fewer = max(n for n in range(1, parts + 1) if batch % n == 0)
             said = f"training.global_batch = {batch} does not divide into training.microbatches = {parts}"
-            raise ValueError(f"{said}: use {near}")
+            raise ValueError(f"{said}: use {fewer} microbatches, or a batch of {near}")
+        if self.mesh.dp == 0:
+            raise ValueError("mesh.dp = 0: use 1 or more, or -1 for every process that is left")
         if self.training.compile and self.mesh.virtual:
             raise ValueError("training.compile = true: a mesh.virtual runs eager, drop one of the two")
         if self.mesh.threads and not self.mesh.virtual:

@@ -98,11 +98,13 @@ def work_of(
         times = 1.0 if part == "update" else 1 / parts
         return line(lambda meter: meter.counts.get(part, Count()) * times)
 
+    host, grown = line(lambda meter: meter.host), line(lambda meter: meter.marks["after"] - meter.marks["before"])
+    on_device = (policy.held or 0) * max(policy.every, 1)  # layers of each microbatch that do not wait in host memory
     return Work(
         counts={part: counts(part) for part in PARTS},
         peaks={part: line(partial(_peak, part)) for part in PARTS},
-        kept=line(lambda meter: meter.marks["after"] - meter.marks["before"]),
-        host=line(lambda meter: meter.host),
+        kept=Line(on_device * host.slope, grown.slope),
+        host=host,
         link=line(lambda meter: meter.counts.get("link", Count()).moved / parts),
         swap=line(lambda meter: meter.counts.get("update link", Count()).moved),
     )
@@ -142,8 +144,7 @@ def _rehearsed(model: Model, sharding: Sharding, tx: Transform, *, remat: str, *
     policy = replace(parse_remat(remat), copies=meter)
     first = next((i for i, node in enumerate(model.chain) if node.is_layer), len(model.chain))
     part = {node.fn: "layer" if node.is_layer else "tail" for node in model.chain[first:]}
-    layers = sum(node.is_layer for node in model.chain)
-    engine = Watched(meter, part, layers)
+    engine = Watched(meter, part)
 
     def finish(tx: Transform) -> Callable[..., Any]:
         fused = optim.FusedStep(tx, copies=meter)
@@ -169,7 +170,6 @@ class Watched(Autograd):
 
     meter: Meter
     part: Mapping[Any, str]  # by a node's function
-    layers: int
 
     @property
     def light(self) -> Watched:
@@ -180,10 +180,10 @@ class Watched(Autograd):
         """As Autograd's."""
         part = self.part.get(kind[0], "head")
         if part == "head":
-            self.meter.marks |= {"before": self.meter.alive(), "left": self.layers}
+            self.meter.marks = {"before": self.meter.alive()}
+        elif part == "tail":
+            self.meter.marks.setdefault("after", self.meter.alive())  # the last layer is done, and what it does not keep is gone
         out, moving, back = self.under(part, lambda: AUTOGRAD.vjp(fn, wrt, rest))
-        if part == "layer" and self.meter.marks["left"]:  # not those that run again
-            self.meter.marks |= {"after": self.meter.alive(), "left": self.meter.marks["left"] - 1}
 
         def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
             return self.under(part, lambda: back(cotangents))
