@@ -182,7 +182,7 @@ class Watched(Autograd):
         if part == "head":
             self.meter.marks = {"before": self.meter.alive()}
         elif part == "tail":
-            self.meter.marks.setdefault("after", self.meter.alive())  # the last layer is done, and what it does not keep is gone
+            self.meter.marks.setdefault("after", self.meter.alive())  # what the last layer does not keep is gone
         out, moving, back = self.under(part, lambda: AUTOGRAD.vjp(fn, wrt, rest))
 
         def pullback(cotangents: Mapping[str, Tensor]) -> Tree:
