@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import fresh
 import gpu_rows
 import numpy as np
 import psutil
@@ -105,8 +106,11 @@ class Turns:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
 
 
-def race(row: Row, how: Turns, found: dict[str, Found]) -> Participant | None:
-    """Fill in every participant's numbers; one that fails says why, and the others go on. Returns the first, where it runs."""
+def race(row: Row, how: Turns, found: dict[str, Found], begins: Callable[[str], None] = lambda who: None) -> Participant | None:
+    """Fill in every participant's numbers; one that fails says why, and the others go on. Returns the first, where it runs.
+
+    begins: is told who comes next. Raises RuntimeError where the device is broken: `found` holds what was measured until then.
+    """
     made: dict[str, Participant] = {}
     for turn in range(how.turns):
         if turn and how.left() < 1.3 * sum(f.turn for f in found.values()) + 10:
@@ -117,6 +121,7 @@ def race(row: Row, how: Turns, found: dict[str, Found]) -> Participant | None:
                 found[name].said = "left out, no time"
             if found[name].said:
                 continue
+            begins(name)
             try:
                 if name not in made:
                     made[name] = gpu_rows.make(name, row, how.device, how.compile)
@@ -124,6 +129,8 @@ def race(row: Row, how: Turns, found: dict[str, Found]) -> Participant | None:
             except Exception as error:  # of memory, or of a peer
                 found[name].said = said(error)
                 made.pop(name, None)
+                if fresh.broken(how.device):
+                    raise RuntimeError(found[name].said) from error
             if how.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -170,7 +177,8 @@ def take_turn(found: Found, participant: Participant, how: Turns) -> None:
             found.peak = max(found.peak, torch.cuda.max_memory_allocated())
         found.turn = time.perf_counter() - one
     finally:
-        participant.sleep()
+        if not fresh.broken(how.device):
+            participant.sleep()
 
 
 # -- what is printed ------------------------------------------------------------------------------------------------
@@ -241,13 +249,19 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> dict[
     parser.add_argument("--profile", type=Path, help="folder for traces and kernels of two rows' first participants")
     parser.add_argument("--smoke", action="store_true", help="every row tiny and eager")
     parser.add_argument("--to", type=Path, help="file to which the section is added")
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=began, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+
+    def left() -> float:
+        return 60 * args.minutes - (time.time() - args.began)
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not args.smoke and args.notes is None:
+        raise SystemExit(fresh.watched(__file__, [*words, "--began", str(began)], left))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:
         raise SystemExit("no GPU: --smoke runs every row tiny on the CPU, its times mean nothing")
-
-    def left() -> float:
-        return 60 * args.minutes - (time.time() - began)
 
     def tell(line: str) -> None:
         print(line, flush=True)
@@ -258,18 +272,18 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> dict[
     under_way: list[Callable[[], list[str]]] = []
     timer = deadline(left() - 5, tell, under_way)
     try:
-        return measured(args, device, left, tell, under_way, sys.argv[1:] if argv is None else argv)
+        return measured(args, device, left, tell, under_way)
     finally:
         timer.cancel()
 
 
 def measured(
-    args: argparse.Namespace, device: str, left: Callable[[], float], tell: Tell, under_way: list[Callable[[], list[str]]],
-    words: Sequence[str],
+    args: argparse.Namespace, device: str, left: Callable[[], float], tell: Tell, under_way: list[Callable[[], list[str]]]
 ) -> dict[str, dict[str, Found]]:
     """The rows, one after the other."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    command = " ".join(["python benchmarks/gpu_train.py", *words])
+    notes, kept = fresh.Notes(args.notes), {k: v for k, v in vars(args).items() if k in ("only", "who", "minutes") and v}
+    command = " ".join(["python benchmarks/gpu_train.py", *(f"--{k} {v}" for k, v in kept.items())])
     tell(f"\n## {datetime.datetime.now():%Y-%m-%d %H:%M}  `{command}`\n\n{name}; {machine()}\n")
     if args.smoke:
         tell("A smoke run: tiny models, nothing compiled. No number here is a measurement.\n")
@@ -279,13 +293,16 @@ def measured(
     tell("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     torch.set_float32_matmul_precision("high")  # what is left of fp32 products: routers, and fp8 where it is emulated
     how = Turns(device, not args.smoke, *((2, 0, 2) if args.smoke else (4, 2, 5)), left)
-    chosen = [row for row in gpu_rows.rows() if not args.only or any(row.name.startswith(x) for x in args.only.split(","))]
+    chosen = [row for row in gpu_rows.rows() if row.name not in notes.done
+              and (not args.only or any(row.name.startswith(x) for x in args.only.split(",")))]
     done, late = {}, []
     for row in chosen:
         if left() < (row.seconds if not done else 0.6 * row.seconds):
             late.append(row.name)
             continue
-        who = tuple(x for x in row.who if not args.who or x in args.who.split(","))
+        begins, ends = partial(notes.add, "begin", row.name), partial(notes.add, "done", row.name)
+        fatal = {x for name, x in notes.fatal if name == row.name}
+        who = tuple(x for x in row.who if x not in fatal and (not args.who or x in args.who.split(",")))
         row = replace(row.tiny if args.smoke else row, who=who)
         try:
             if row.grows:
@@ -298,11 +315,18 @@ def measured(
                 continue
         done[row.name] = found = {x: Found() for x in row.who}
         under_way.append(partial(lines, row, found, plan, name))
-        first = race(row, how, found)
+        try:
+            first = race(row, how, found, begins)
+            ends()
+        except RuntimeError:
+            first = None
         for line in under_way.pop()():
             tell(line)
         if args.profile is not None and len(done) < 3 and first is not None and left() > 30:
+            begins("profile")
             look(row, first, how, args.profile, tell)
+        if fresh.broken(device):
+            fresh.end()
     if late:
         tell(f"\nLeft out, no time: {', '.join(late)}\n")
     return done

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -203,18 +205,25 @@ def timed(run: Run, device: str) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def race(row: Row, copy: Run, copied: int, device: str, rounds: int, warm: int = 3) -> list[str]:
+def race(row: Row, copy: Run, copied: int, device: str, rounds: int, warm: int, notes: fresh.Notes) -> list[str]:
     """The row's cells: ours against the best of the others, and of each contestant its share of the copy, or TFLOP/s.
 
-    A contestant that fails is named with its reason, and the others race.
+    A contestant that fails is named with its reason, and the others race. Raises RuntimeError where the device is broken.
     """
     runs, failed = {"copy": copy}, dict[str, str]()
     for name, run in row.runs.items():
+        if (row.name, name) in notes.fatal:
+            failed[name] = "it ended its process"
+            continue
         try:
+            notes.add("begin", row.name, name)
             run()
+            timed(run, device)  # waits: what fails on the device fails here
             runs[name] = run
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+            if fresh.broken(device):
+                raise RuntimeError(f"{name}, {failed[name]}") from error
             if device == "cuda":
                 torch.cuda.empty_cache()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -248,11 +257,20 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
     parser.add_argument("--seconds", type=float, default=420, help="after which no further group begins")
     parser.add_argument("--tiny", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+
+    def left() -> float:
+        return args.seconds - (time.time() - args.began)
+
+    if not args.tiny and args.notes is None:
+        words = [*(sys.argv[1:] if argv is None else argv), "--began", str(args.began)]
+        raise SystemExit(fresh.watched(__file__, words, left))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         raise SystemExit("no GPU: --tiny runs every row in Triton's interpreter, its times mean nothing")
-    begin, done = time.monotonic(), []
+    notes, done = fresh.Notes(args.notes), list[list[str]]()
     elements = 2**12 if args.tiny else 2**28
     source, target = (torch.empty(elements, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -267,7 +285,7 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
     tell("Time of ours / the best other's, below 1 is faster, median of rounds [95 % interval]; then each one's bytes a second "
          "over the copy's, or TFLOP/s, and its time, forward and backward:\n\n| kernel | ours / best | all |\n|---|---|---|")
     for group, make in rows(device, args.tiny):
-        if (args.only and group not in args.only.split(",")) or time.monotonic() - begin > args.seconds:
+        if (args.only and group not in args.only.split(",")) or left() < 0:
             continue
         try:
             made = make()
@@ -275,13 +293,21 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
             made = []
             tell(f"| {group} | not measured | {type(error).__name__}: {' '.join(str(error).split())[:200]} |")
         for row in made:
-            if time.monotonic() - begin > args.seconds:
+            if row.name in notes.done:
+                continue
+            if left() < 0:
                 tell(f"| {row.name} | not measured | no time left |")
                 continue
-            copied = 2 * source.numel() * source.element_size()
-            cells = race(row, lambda: target.copy_(source), copied, device, *((1, 1) if args.tiny else (args.rounds,)))
+            copied, rounds = 2 * source.numel() * source.element_size(), (1, 1) if args.tiny else (args.rounds, 3)
+            try:
+                cells = race(row, lambda: target.copy_(source), copied, device, *rounds, notes)
+            except RuntimeError as error:  # in turns, or of a broken device
+                cells = [row.name, "not measured", " ".join(str(error).split())[:200]]
             done.append(cells)
             tell("| " + " | ".join(cells) + " |")
+            if fresh.broken(device):
+                fresh.end()
+            notes.add("done", row.name)
     return done
 
 

@@ -130,7 +130,7 @@ def pick(x: Any, dim: Any, i: int) -> Any:
 
 
 # -- derivatives ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the Dynamo of torch 2.11 hashes it before its fields are set
 class Kernel:
     """A differentiable kernel of tensors (some may be None).
 

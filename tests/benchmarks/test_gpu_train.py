@@ -117,6 +117,37 @@ def test_one_that_fails_is_said_and_the_others_go_on(monkeypatch):
     assert all(line.count("|") == len(gpu_train.HEAD) + 1 for line in gpu_train.lines(row, found, 0, "NVIDIA H100"))
 
 
+def test_a_broken_device_ends_the_process_with_what_was_found(monkeypatch, tmp_path):
+    """The second participant breaks it: the first one's turn is written, and the notes name who to leave out."""
+    gpu_train, gpu_rows, fresh = load("gpu_train"), load("gpu_rows"), load("fresh")
+    broken, to, notes = [], tmp_path / "rows.md", tmp_path / "notes"
+
+    def make(name, *given):
+        if name == "module":
+            broken.append(name)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return gpu_rows.Participant(lambda: None, lambda: torch.tensor(1.0), lambda: None)
+
+    def end():
+        raise SystemExit(fresh.BROKEN)
+
+    monkeypatch.setattr(gpu_rows, "make", make)
+    monkeypatch.setattr(fresh, "broken", lambda device: bool(broken))
+    monkeypatch.setattr(fresh, "end", end)
+    monkeypatch.setattr(gpu_train, "planned", lambda row: 0)
+    words = ["--smoke", "--only", "1B", "--to", str(to), "--notes", str(notes)]
+    notes.write_text("")
+    with pytest.raises(SystemExit):
+        gpu_train.main(words)
+    text = to.read_text()
+    assert "| 1B | module | RuntimeError: CUDA error" in text and text.count("| 1B | fmegatron | ") == 1
+    fresh.Notes(notes).add("died")
+    assert fresh.Notes(notes).fatal == {("1B", "module")} and not fresh.Notes(notes).done
+    broken.clear()
+    assert list(gpu_train.main([*words, "--who", "module,fmegatron"])["1B"]) == ["fmegatron"]
+    assert fresh.Notes(notes).done == {"1B"} and gpu_train.main(words) == {}
+
+
 def test_ratios_pair_steps_of_the_same_turn():
     found = load("gpu_train").Found
     ours, theirs = found([[1.0, 1.0], [10.0]]), found([[2.0], [20.0, 20.0]])  # the device slows down tenfold between turns
