@@ -17,6 +17,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
@@ -133,7 +134,6 @@ class Rows:
         return tuple(self.graphs[key]([rows, *tensors]))
 
     def _compile(self, spec: Any, fixed: list[Any], tensors: list[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.decomposition import select_decomp_table
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -153,10 +153,27 @@ class Rows:
         with tracing(TracingContext(fake)):
             inputs = [abstract(x, i) for i, x in enumerate(tensors)]
             rows = next(x.shape[0] for x in inputs if x.dim() == 2)
-            gm = make_fx(flat, decomposition_table=select_decomp_table())(rows, *inputs)
+            gm = make_fx(flat, decomposition_table=decompositions())(rows, *inputs)
             compiled = compile_graph(gm, [rows, *inputs], backward=False)
             assert not env.guards, f"a kernel that asks for a number of rows: {env.guards}"
         return compiled
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions of operators.
+
+    That of lerp with a plain number came with torch 2.12 or 2.13; before, the reference's makes a tensor of it that no traced
+    graph takes.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table, scalar = dict(select_decomp_table()), torch.ops.aten.lerp.Scalar
+    return {**table, scalar: lerp} if table[scalar].__module__ == "torch._refs" else table
+
+
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """start + weight (end - start), by whichever end is nearer, as the operator does."""
+    return start + weight * (end - start) if abs(weight) < 0.5 else end - (end - start) * (1 - weight)
 
 
 def cacheable() -> TracingContext:

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fmegatron.kernels.bits import same_bits
+
 Name = Literal["tensorwise", "delayed", "rowwise", "blockwise", "mxfp8", "nvfp4"]
 Across = Callable[[Tensor], Tensor]  # the maximum over ranks that hold other parts of the same block
 
@@ -229,7 +231,7 @@ def eight_bits(x: Tensor, top: Tensor, recipe: Recipe) -> Tensor:
     """
     factor, _ = factors(top, recipe.format, recipe.weight)
     factor = factor.reshape([n for size in top.shape for n in (size, 1)])
-    return recipe.format.round(largest_of(_boxed(x, top.shape)) * factor).view(torch.uint8).reshape(x.shape)
+    return same_bits(recipe.format.round(largest_of(_boxed(x, top.shape)) * factor), torch.uint8).reshape(x.shape)
 
 
 def _boxed(x: Tensor, counts: Sequence[int]) -> Tensor:

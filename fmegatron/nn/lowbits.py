@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmegatron.kernels.bits import same_bits
 from fmegatron.kernels.launch import Form
 from fmegatron.kernels.quantize import Format, Quantized, Recipe, Scaling, factors, quantize, scaled
 from fmegatron.kernels.scaled_mm import multiply
@@ -86,7 +87,7 @@ class Lowered:
             if block is not None and (of.shape[0] * block, of.shape[1] * block) != matrix.shape:
                 raise ValueError(f"{self.site}: a product over other dims than it is declared with: set fp8.gather = false")
             made = factors(of[:, None, :, None], self.recipe.format, self.recipe.weight)
-            low = (flattened(run(self.payload, sh.rank, plan.right)).view(self.recipe.format.dtype), made[1])
+            low = (same_bits(flattened(run(self.payload, sh.rank, plan.right)), self.recipe.format.dtype), made[1])
         y: Tensor = _Linear.apply(flat, matrix, self.history, *low, *shared[key], tops, sh.rank, on)
         return y.reshape(*x.shape[:-k], *tail)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmegatron.kernels.adamw import Kind
+from fmegatron.kernels.bits import same_bits
 from fmegatron.tree import Tree
 
 BLOCK = 32  # neighbours with one exponent
@@ -60,8 +61,8 @@ def round_stochastically(x: Tensor, bits: Tensor, mantissa: int, least: int = -1
     it right on average.
     """
     drop = 23 - mantissa
-    word = x.view(torch.int32)
-    normal = ((word + (bits & ((1 << drop) - 1)).to(torch.int32)) & -(1 << drop)).view(torch.float32)
+    word = same_bits(x, torch.int32)
+    normal = same_bits((word + (bits & ((1 << drop) - 1)).to(torch.int32)) & -(1 << drop), torch.float32)
     if least <= -126:
         return normal
     steps = x.abs() * 2.0 ** (mantissa - least)
@@ -94,11 +95,11 @@ def in_blocks(dtype: torch.dtype, mantissa: int, least: int, top: int, root: boo
 
     def spread(shift: Tensor, x: Tensor) -> Tensor:
         """2^shift for each element of x [..., n]."""
-        factor = ((shift.to(torch.int32) + 127) << 23).view(torch.float32)
+        factor = same_bits((shift.to(torch.int32) + 127) << 23, torch.float32)
         return factor.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
 
     def load(codes: Tensor, shift: Tensor) -> Tensor:
-        x = (codes.view(dtype) if stored != dtype else codes).float()
+        x = (same_bits(codes, dtype) if stored != dtype else codes).float()
         x = (x[None] * spread(-shift, x[None]))[0] if x.dim() == 0 else x * spread(-shift, x)
         return x * x if root else x
 
@@ -110,10 +111,10 @@ def in_blocks(dtype: torch.dtype, mantissa: int, least: int, top: int, root: boo
         size = x.abs()
         whole = F.pad(size, (0, -n % BLOCK)) if n % BLOCK else size  # a pad of nothing asks a traced tensor for its rows
         largest = whole.reshape(*x.shape[:-1], blocks(n), BLOCK).amax(-1)
-        octave = (largest.view(torch.int32) >> 23) - 127
+        octave = (same_bits(largest, torch.int32) >> 23) - 127
         shift = (top - octave).clamp(*SHIFTS)
         y = round_stochastically(x * spread(shift, x), bits, mantissa, least).to(dtype)
-        codes = y.view(torch.uint8) if stored != dtype else y
+        codes = same_bits(y, torch.uint8) if stored != dtype else y
         return codes[0] if scalar else codes, shift.to(torch.int8)
 
     kind: Kind = "fp16" if dtype == torch.float16 else "fp8 root" if root else "fp8"
@@ -142,15 +143,15 @@ class Split(NamedTuple):
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> the nearest bf16 (of two, the one further from zero), and what it lacks, int16. The inverse of `join`."""
-    word = x.view(torch.int32)
+    word = same_bits(x, torch.int32)
     low = word.to(torch.int16)  # the lower half, as a signed number
     high = (word - low) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), low
+    return same_bits(high.to(torch.int16), torch.bfloat16), low
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
     """bf16 and what it lacks -> fp32, every bit of it. The inverse of `split`."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    return same_bits((same_bits(high, torch.int16).to(torch.int32) << 16) + low, torch.float32)
 
 
 HALVES = Format(("", "_low"), (), join, lambda x, bits: split(x), draws=False)
