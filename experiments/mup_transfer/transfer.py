@@ -100,16 +100,18 @@ def picture(results, path):
     from matplotlib.figure import Figure
 
     figure = Figure((9, 9))
-    axes = figure.subplots(3, 2)
+    axes = figure.subplots(3, 2, sharey="row")
     for column, name in enumerate(("standard", "muP")):
         for n, line in results[name]["loss"].items():
             axes[0][column].plot([float(lr) for lr in line], list(line.values()), marker="o", label=f"width x{n}")
-        axes[0][column].set(title=name, xscale="log", xlabel="learning rate", ylabel="loss at the end")
+        axes[0][column].set(title=name, xlabel="learning rate", ylabel="loss at the end")
+        axes[0][column].set_xscale("log", base=2)
         for row, what in enumerate(("width", "depth"), 1):
             points = results[name]["coordinates" if what == "width" else "coordinates by depth"]
             for i, label in enumerate(("initial", "change")):
                 axes[row][column].plot([int(n) for n in points], [v[i] for v in points.values()], marker="o", label=label)
-            axes[row][column].set(xscale="log", yscale="log", xlabel=f"{what} / base", ylabel="rms of the last hidden state")
+            axes[row][column].set_xscale("log", base=2)
+            axes[row][column].set(yscale="log", xlabel=f"{what} / base", ylabel="rms of the last hidden state")
         for row in range(3):
             axes[row][column].legend()
     figure.tight_layout()

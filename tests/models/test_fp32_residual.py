@@ -69,3 +69,20 @@ def test_small_steps_are_kept_where_bf16_loses_them(mesh):
     narrow = measure(gpt(Config(**SIZES)), sh, batch(), dtype=torch.bfloat16)
     assert {x.dtype for x in streams(narrow)} == {torch.bfloat16}
     assert (added(streams(narrow)) - added(expected)).abs().max() > 0.5 * scale
+
+
+@pytest.mark.parametrize("mesh", ["one", *MESHES])
+def test_gradients_are_those_of_fp64(mesh):
+    """Every leaf's, to the products of bf16, against one device's function of the same weights in fp64."""
+    net = gpt(Config(fp32_residual=True, **SIZES | {"residual_multiplier": 1.0}))
+    found = measure(net, MESHES[mesh]() if mesh in MESHES else SINGLE, batch(), dtype=torch.bfloat16).grads
+
+    def loss(params):
+        value, count = net.loss(params, {name: x if name != "weights" else x.double() for name, x in batch().items()})[0]["ce"]
+        return value / count
+
+    exact = tree.to_paths(torch.func.grad(loss)(tree.map(torch.Tensor.double, net.init(random.key(0), torch.bfloat16))))
+    found = tree.to_paths(found)
+    assert found.keys() == exact.keys()
+    for path, g in exact.items():
+        assert (found[path].double() - g).norm() < 0.03 * g.norm(), (path, (found[path].double() - g).norm() / g.norm())
