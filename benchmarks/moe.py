@@ -146,11 +146,18 @@ def race(
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - begin > most:
             break
-        for name, step in steps.items():
+        for name, step in turned(list(steps.items()), done):
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
     return seconds, {name: peak(step) for name, step in steps.items()}
+
+
+def turned(order: list[Any], by: int) -> list[Any]:
+    """Another one first each round, each second round backwards: each one's neighbours leave the allocator in a state."""
+    first = by % len(order)
+    order = [*order[first:], *order[:first]]
+    return order[::-1] if by % 2 else order
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,7 @@ from fmegatron.nn.experts import Experts, sizes_of
 from fmegatron.nn.mlp import Mlp
 
 Pull = Callable[[Tensor, Sequence[Tensor]], None]
-PIECE = 1 << 17  # numbers that an activation takes at once: what is computed from them stays in a core's own cache
+PIECE = 1 << 16  # numbers that an activation takes at once: what is computed from them stays in a core's own cache
 
 
 def lean(kind: Mlp, p: Experts, x: Tensor, token: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
@@ -92,23 +92,24 @@ def _through_activation(
     needed again. d_h: unscaled, scaled in place; d_scale is written."""
     h, found = torch.empty_like(d_h), [torch.empty_like(z) for z in reads] if again else reads
     step = max(1, PIECE // max(h.shape[1], 1))
+    room = [torch.empty_like(h[:step]) for _ in range(3)]
     for each in zip(h.split(step), d_h.split(step), scale.split(step), d_scale.split(step), *(z.split(step) for z in reads),
                     *(z.split(step) for z in found), strict=True):  # fmt: skip
         h_, d_h_, scale_, d_scale_ = each[:4]
-        pull = _activation(kind, each[4 : 4 + len(reads)], h_)
-        torch.sum(h_ * d_h_, 1, out=d_scale_)
+        here = [z[: len(h_)] for z in room]
+        pull = _activation(kind, each[4 : 4 + len(reads)], h_, here)
+        torch.sum(torch.mul(h_, d_h_, out=here[-1]), 1, out=d_scale_)
         pull(d_h_.mul_(scale_[:, None]), each[4 + len(reads) :])
     return h, found
 
 
-def _activation(kind: Mlp, reads: Sequence[Tensor], h: Tensor) -> Pull:
-    """Write what the last projection reads into h; returns the way from its gradient to those of `reads`, into given rows."""
+def _activation(kind: Mlp, reads: Sequence[Tensor], h: Tensor, room: Sequence[Tensor]) -> Pull:
+    """Write what the last projection reads into h; returns the way from its gradient to those of `reads`, into given rows.
+    room: three tensors like h; the last is free again when this returns."""
     if kind == Mlp("swiglu", kind.bias) and h.dtype in (torch.float32, torch.float64):  # one exponential, not one each way
-        gate, up = reads
-        slope = gate.sigmoid()
-        act = gate * slope
-        torch.mul(act, up, out=h)
-        slope.addcmul_(act, 1 - slope).mul_(up)
+        (gate, up), (slope, act, rest) = reads, room
+        torch.mul(torch.mul(gate, torch.sigmoid(gate, out=slope), out=act), up, out=h)
+        torch.addcmul(h, slope, torch.sub(up, h, out=rest), out=slope)  # silu'(gate) up = h + sigmoid(gate) (up - h)
 
         def pull(d_h: Tensor, out: Sequence[Tensor]) -> None:
             torch.mul(slope, d_h, out=out[0])
