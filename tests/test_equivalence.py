@@ -69,14 +69,14 @@ LATENT = replace(MODELS["latent"], moe=None, mtp=0)
 
 
 def drawn(number):
-    """Cases of a model each, on any mesh of dp, fsdp, ep and tp of 2, 4 or 8 ranks."""
+    """Cases of a model each, on any mesh of 2, 4 or 8 ranks, by each preset."""
     rng, found = random.Random(1), []
     for i in range(number):
         c = (MODELS["experts"], LATENT, AHEAD, MODELS["latent"])[i % 4]
         rules = rng.choice([name for name in RULES if name != "single"])
-        every = [m for n in (2, 4, 8) for m in meshes(n, ("dp", "fsdp", "ep", "tp"))]
+        every = [m for n in (2, 4, 8) for m in meshes(n, ("dp", "fsdp", "ep", "cp", "cpa", "tp"))]
         sizes = rng.choice([m for m in every if m.keys() <= RULES[rules].axes])
-        rows = BATCH[0] // math.prod(n for axis, n in sizes.items() if axis != "tp")
+        rows = BATCH[0] // math.prod(n for axis, n in sizes.items() if axis in ("dp", "fsdp", "ep"))
         m, remat = min(rows, rng.choice((1, 2))), rng.choice(("none", "full", "every-2", "selective"))
         found.append((Case(rules, sizes, c, BATCH, m, remat, keeps=True), rng.choice(FORMS[:2])))
     return found

@@ -103,6 +103,11 @@ class Config:
                 raise ValueError(f"{name} has {len(flags)} flags for layers = {self.layers}")
         if self.moe is not None and not isinstance(self.moe.layers, int) and len(self.moe.layers) != self.layers:
             raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for layers = {self.layers}")
+        if self.moe is not None and self.moe.first_dense >= self.layers:
+            most = self.layers - 1
+            raise ValueError(f"moe.first_dense = {self.moe.first_dense} of layers = {self.layers}: it is 0 to {most}")
+        if self.mtp < 0:
+            raise ValueError(f"mtp = {self.mtp}: so many modules look ahead, 0 or more")
         if self.qk_clip is not None and (self.qk_norm != "none" or self.attention_softcap or self.kv_lora or self.qk_clip <= 0):
             raise ValueError(f"qk_clip = {self.qk_clip}: above 0, and without qk_norm, attention_softcap and latent attention")
         if self.fp32_residual and self.norm_at == "post":
@@ -118,6 +123,8 @@ class Config:
         """ValueError where an option of plain attention is asked of a latent one."""
         if not 0 < self.rope_hd < self.head_dim:
             raise ValueError(f"rope_hd = {self.rope_hd} features of hd = {self.head_dim} turn: some, not all, with a latent")
+        if self.rope_hd % 2:
+            raise ValueError(f"rope_hd = {self.rope_hd}: features turn in pairs, use {self.rope_hd - 1} or {self.rope_hd + 1}")
         plain = {"kv": None, "attention_bias": False, "attention_out_bias": False, "qk_norm": "none", "rope_fraction": 1.0}
         plain |= {"sink": "none", "positions": "rope"}
         for name, value in plain.items():

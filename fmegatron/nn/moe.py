@@ -42,6 +42,11 @@ class Moe(Router):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, least in (("mlp", 1), ("shared", 0), ("latent", 1), ("first_dense", 0), ("layers", 1)):
+            if isinstance(value := getattr(self, name), int) and value < least:
+                raise ValueError(f"moe.{name} = {value}: it is at least {least}")
+        if self.drop not in ("probs", "position"):
+            raise ValueError(f"moe.drop = {self.drop!r}: it is one of probs, position")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate without shared experts: give their width, shared")
         if self.capacity is not None and self.capacity <= 0:
@@ -75,6 +80,8 @@ def experts_of(table: Mapping[str, Any], base: Moe | None = None) -> Moe:
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
     if unknown := [name for name in given if name not in Moe.__dataclass_fields__]:
         raise ValueError(f"moe has no setting {unknown[0]!r}, known are {', '.join(Moe.__dataclass_fields__)}")
+    if base is None and "experts" not in given:
+        raise ValueError("moe has no experts: say how many, like experts = 8")
     return Moe(**given) if base is None else replace(base, **given)
 
 

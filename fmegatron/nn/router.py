@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TOKENS = "batch seq"
 SCORES = "batch seq router_expert"
+KINDS = ("softmax", "sigmoid", "sqrtsoftplus")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 LOSSES = ("balance_switch", "balance_sequence", "balance_global", "router_z")  # terms; each is the sum over layers
 
@@ -63,23 +64,41 @@ class Router:
     forced: bool = False  # token t takes experts t k, t k + 1, ...: an even load, for benchmarks
 
     def __post_init__(self) -> None:
-        per, best = self.experts // max(self.groups, 1), self.best
+        for name, legal in (("score", KINDS), ("router_dtype", DTYPES)):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"moe.{name} = {getattr(self, name)!r}: it is one of {', '.join(legal)}")
+        for name, least in (("experts", 1), ("groups", 1), ("group_top_k", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"moe.{name} = {getattr(self, name)}: it is at least {least}")
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k = {self.top_k} of {self.experts} experts: it is 1 to {self.experts}")
         if self.experts % self.groups:
             legal = [n for n in range(1, self.experts + 1) if self.experts % n == 0]
             raise ValueError(f"{self.experts} experts do not divide into groups = {self.groups}: use one of {legal}")
-        if self.groups > 1 and (self.group_top_k > self.groups or self.group_top_k * per < self.top_k or not 1 <= best <= per):
-            raise ValueError(
-                f"top_k = {self.top_k} from group_top_k = {self.group_top_k} of {self.groups} groups of {per} experts, by the "
-                f"best {best} of each: they do not fit"
-            )
+        if self.groups > 1:
+            self._check_groups(self.experts // self.groups)
+        for name in ("bias_rate", *(f"{term}_loss" for term in ("switch", "sequence", "global", "z"))):
+            if getattr(self, name) < 0:
+                raise ValueError(f"moe.{name} = {getattr(self, name)}: it is 0 or more")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"moe.jitter = {self.jitter}: inputs are multiplied by 1 - jitter at least, so it is 0 to below 1")
         if self.top_k == 1 and self.normalize and not self.sinkhorn:
             raise ValueError("top_k = 1 with normalize: every weight would be one, without a gradient; set normalize = false")
         if self.global_average and not self.global_loss:
             raise ValueError("global_average without global_loss: it is of that loss, give its coefficient")
         if self.sinkhorn and (self.switch_loss or self.sequence_loss or self.global_loss or self.balance_bias):
             raise ValueError("sinkhorn balances the choice itself: it takes no balance loss and no balance_bias")
+
+    def _check_groups(self, per: int) -> None:
+        """ValueError where the choice among groups of `per` experts leaves too few."""
+        least = -(-self.top_k // per)
+        if not least <= self.group_top_k <= self.groups:
+            raise ValueError(
+                f"group_top_k = {self.group_top_k} of {self.groups} groups of {per} experts, for top_k = {self.top_k}: "
+                f"it is {least} to {self.groups}"
+            )
+        if not 1 <= self.best <= per:
+            raise ValueError(f"group_best = {self.best} of groups of {per} experts: it is 1 to {per}, set it")
 
     @property
     def best(self) -> int:

@@ -25,10 +25,9 @@ from fmegatron.models import Config, Model, gpt
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
 from fmegatron.sharding.mesh import Mesh
-from fmegatron.sharding.traffic import Traffic, counted
+from fmegatron.sharding.traffic import counted
 from fmegatron.testing.formula import Case, step_traffic
 from fmegatron.testing.formula_models import model_traffic
-from fmegatron.testing.formula_moe import Exchange, expert_traffic
 from fmegatron.testing.formula_moe import Traffic as Counts
 from fmegatron.testing.invariance import Measured, assert_same, measure, whole_leaves
 from fmegatron.train import balance
@@ -191,7 +190,7 @@ def compare(way: Way) -> Result:
         loss=error({"loss": here.metrics["loss"]}, {"loss": alone.metrics["loss"]}),
         gradients=error(here.grads, alone.grads),
         parameters=error(after, one.trained),
-        traffic=traffic.counts() == step_traffic(case) if way.model == "dense" else sent(way, traffic) == said(way),
+        traffic=sent(way, traffic.counts()) == said(way),
         flips=flips(here.metrics, alone.metrics),
     )
 
@@ -209,17 +208,7 @@ def stepped(case: Case, form: Form) -> Counts:
     return traffic.counts()
 
 
-def whole(way: Way) -> bool:
-    """Whether there is a closed form of all that a step with experts sends, not of the exchanges alone."""
-    return way.pp == 1 and "cp" not in way.case.sizes
-
-
-def sent(way: Way, traffic: Traffic) -> Counts:
-    """What went over any axis; in stages and along cp what went over ep by all-to-all, of rows to experts alone."""
-    return _known(way, {key: x for key, x in traffic.counts().items() if whole(way) or key == ("all_to_all", "ep")})
-
-
-def _known(way: Way, counts: Counts) -> Counts:
+def sent(way: Way, counts: Counts) -> Counts:
     """Without the bytes of exchanges of rows as many as there are: they follow the load."""
     ragged = way.form == "ragged"
     return {key: (n, 0 if ragged and key[0] == "all_to_all" else size) for key, (n, size) in counts.items()}
@@ -227,18 +216,10 @@ def _known(way: Way, counts: Counts) -> Counts:
 
 def said(way: Way) -> Counts:
     """The closed form of that."""
-    if whole(way):
-        assert way.form != "auto"
-        return _known(way, model_traffic(replace(way.case, count=Counter(), bytes=Counter()), way.form))
-    case, block = way.case, way.case.c.moe
-    assert block is not None and way.form != "auto"
-    ep, sp = case.ranks("ep"), case.rules.endswith("_sp") or case.rules.startswith("cp_")
-    tokens = BATCH[0] * BATCH[1] // (case.m * case.ranks("dp") * ep * case.ranks("cp") * (case.ranks("tp") if sp else 1))
-    layer = Exchange(way.form, block.experts, block.top_k, tokens, case.c.embed, {"ep": ep} if ep > 1 else {}, {})
-    layers = sum(map(block.at, range(case.c.layers)))
-    forward = layers * (1 + case.again) + case.c.mtp * (1 + case.again)
-    every = expert_traffic(layer, case.m * forward, case.m * (layers + case.c.mtp))
-    return _known(way, {key: x for key, x in every.items() if key == ("all_to_all", "ep")})
+    case = replace(way.case, count=Counter(), bytes=Counter())
+    if way.form == "auto":
+        return step_traffic(case)
+    return sent(way, model_traffic(case, way.form))
 
 
 def flips(here: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> int:

@@ -95,12 +95,14 @@ def context(case: Case) -> None:
     """What attention sends along cp and cpa, in each form; a causal window does not end the ring early here."""
     c, n, inner = case.c, case.ranks("cp"), case.ranks("cpa")
     form = case.rules.removeprefix("cp_") if case.rules.startswith("cp_") else "gather"
-    forward, backward = case.m * c.layers * (1 + case.again), case.m * c.layers
+    backward = case.m * (c.layers + c.mtp)
+    forward = backward * (1 + case.again)
     heads, group = c.heads // case.ranks("tp"), c.heads // (c.kv or c.heads)
     skipped = (c.kv or c.heads) % case.ranks("tp") != 0  # some axis did not divide the key/value heads
     kv = 1 if skipped and group % heads == 0 else case.kv  # one serves all queries of a rank: it is taken at once
     taken, length = skipped and kv == 1, 1  # length: pieces of the sequence
-    head = case.tokens * c.head_dim * F32
+    key, value = (case.tokens * n * F32 for n in (c.head_dim, c.v_hd or c.head_dim))  # of one head
+    both = key + value
 
     def move(axis: str, ranks: int, exchanged: bool) -> None:
         """Heads for sequence; where key/value heads do not divide on this or an earlier axis they end up whole on it."""
@@ -108,21 +110,22 @@ def context(case: Case) -> None:
         length *= ranks
         skipped = skipped or (exchanged and kv % ranks != 0)
         if exchanged:
-            case.add("all_to_all", axis, 2 * (forward + backward), head * heads * length // ranks)  # queries; the output back
+            for each in (key, value):  # queries; the output back
+                case.add("all_to_all", axis, forward + backward, each * heads * length // ranks)
             heads //= ranks
         if exchanged and not skipped:
-            case.add("all_to_all", axis, forward + backward, 2 * head * kv * length // ranks)
+            case.add("all_to_all", axis, forward + backward, both * kv * length // ranks)
             kv //= ranks
         else:
-            case.add("all_gather", axis, forward, 2 * head * kv * length)
-            case.add("reduce_scatter", axis, backward, 2 * head * kv * length)
+            case.add("all_gather", axis, forward, both * kv * length)
+            case.add("reduce_scatter", axis, backward, both * kv * length)
 
     move("cpa", inner, form in ("ulysses", "hierarchical"))
     if form in ("gather", "ulysses"):
         return move("cp", n, form == "ulysses")
     if skipped and not taken:  # each rank has taken those that its queries need
         kv = 1 if group % heads == 0 else heads
-    case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), 2 * head * kv * length)
+    case.add("permute", "cp", (n - 1) * (forward + (1 if case.keeps else 2) * backward), both * kv * length)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 `formula.py` says it of a Llama. Here are the parts that differ: what leads into attention, which blocks have a feed-forward
 of their own, the exchanges of experts (`formula_moe.py`), a router's loss along the sequence, the modules' lookups, layers and
-judges, and leaves that lie over ep. Meshes have dp, fsdp, ep and tp; sizes divide.
+judges, and leaves that lie over ep. Sizes divide.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES
-from fmegatron.testing.formula import F32, Case, Leaf
+from fmegatron.testing.formula import DATA_AXES, F32, Case, Leaf, context
 from fmegatron.testing.formula_moe import I64, Exchange, Traffic, expert_traffic
 
-DATA = ("dp", "fsdp", "ep")
+ROWS = ("dp", "fsdp", "ep")  # axes that cut the batch
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Part:
 def model_traffic(case: Case, form: Literal["padded", "gather", "ragged"] = "padded") -> Traffic:
     """{(collective, axis): (count, bytes)} of one rank's step; ragged: where the load is even."""
     c = case.c
-    assert not {"cp", "cpa"} & {*case.sizes}
     sp = case.rules.endswith("_sp") or case.rules.startswith("cp_")
     with_experts = [] if c.moe is None else [*map(c.moe.at, range(c.layers)), *[c.moe.at(c.layers - 1)] * c.mtp]
     routed, numbers, terms = sum(with_experts), 0, len(c.head.terms) + c.mtp
     _blocks(case, sp, with_experts or [False] * (c.layers + c.mtp))
     _ends(case, sp)
+    _sequences(case, sp)
     if c.moe is not None:
         numbers, terms = routed * (c.moe.experts + 2), terms + len(c.moe.coefficients)
         _experts(case, c.moe, form, sp, routed)
@@ -49,11 +49,14 @@ def model_traffic(case: Case, form: Literal["padded", "gather", "ragged"] = "pad
 
 
 def _experts(case: Case, moe: Moe, form: Literal["padded", "gather", "ragged"], sp: bool, layers: int) -> None:
-    """A router's loss along the sequence, and the exchanges of rows."""
+    """A router's losses, and the exchanges of rows."""
     tokens, forward, backward = case.tokens // (case.ranks("tp") if sp else 1), case.m * (1 + case.again), case.m
-    if moe.sequence_loss and sp:  # a sequence's loads are counted over its pieces
-        rows = case.batch[0] // (math.prod(map(case.ranks, DATA)) * case.m)
-        case.add("all_reduce", "tp", layers * forward, rows * moe.experts * F32)
+    if moe.switch_loss or moe.sequence_loss or moe.global_loss:  # a sequence's loads are counted over its pieces
+        rows = case.batch[0] // (math.prod(map(case.ranks, ROWS)) * case.m)
+        for axis in ("cp", "cpa", "tp") if sp else ("cp", "cpa"):
+            case.add("all_reduce", axis, layers * forward, rows * moe.experts * F32)
+    for axis in ROWS if moe.global_loss else ():
+        case.add("all_reduce", axis, layers * forward, moe.experts * F32)
     moved, cut = ({axis: n} if n > 1 else {} for axis, n in (("ep", case.ranks("ep")), ("tp", case.ranks("tp"))))
     wide, partial = (cut, ()) if sp else ({}, tuple(cut))
     layer = Exchange(form, moe.experts, moe.top_k, tokens, case.c.embed, moved, wide, partial)
@@ -94,9 +97,18 @@ def _ends(case: Case, sp: bool) -> None:
     case.add("reduce_scatter", "tp", m + modules, stream)
     case.add("all_gather", "tp", 4 * m + 2 * again, ids)  # tokens, positions, documents, labels; a module's tokens and labels
     case.add("all_gather", "tp", m + again, ids // 2)  # weights
-    if c.mtp:  # what stands ahead is read off whole sequences, once a step
-        case.add("all_gather", "tp", 3, m * ids)
-        case.add("all_gather", "tp", 1, m * ids // 2)
+
+
+def _sequences(case: Case, sp: bool) -> None:
+    """What attention sends along cp and cpa; whole sequences of documents and, once a step, of what stands ahead."""
+    context(case)
+    ids = case.tokens * I64
+    for axis in ("tp", "cpa", "cp") if sp else ("cpa", "cp"):
+        ids *= case.ranks(axis) if axis != "tp" else 1
+        case.add("all_gather", axis, case.m if axis != "tp" else 0, ids)  # over tp they are among the ends
+        if case.c.mtp:  # tokens, labels and documents; weights
+            case.add("all_gather", axis, 3, case.m * ids)
+            case.add("all_gather", axis, 1, case.m * ids // 2)
 
 
 def _layer(case: Case, routed: bool) -> Iterator[Part]:
@@ -151,8 +163,8 @@ def _parameters(case: Case) -> None:
     """Parameters in use, gradients, updates; each leaf over the axes that have not cut it."""
     m, nodes, rules = case.m, list(_nodes(case)), RULES[case.rules]
     store = "ddp" if case.rules.startswith("tp") else case.rules.split("_")[0]
-    storage = {"fsdp": DATA, "zero3": DATA, "cp": DATA, "hsdp": ("fsdp",)}.get(store, ())
-    optimizer = DATA if store in ("zero1", "zero2") else storage
+    storage = {"fsdp": DATA_AXES, "zero3": DATA_AXES, "cp": DATA_AXES, "hsdp": ("fsdp",)}.get(store, ())
+    optimizer = DATA_AXES if store in ("zero1", "zero2") else storage
 
     def along(part: Part, among: tuple[str, ...]) -> tuple[int, dict[str, int]]:
         free = [(axis, case.ranks(axis)) for axis in among if case.ranks(axis) > 1 and axis not in part.over]
@@ -179,7 +191,7 @@ def _parameters(case: Case) -> None:
             case.add("reduce_scatter", axis, 1, sum(carried(parts, axis, optimizer) for parts in held))
         if optimizer is not storage:
             case.add("all_gather", axis, 1, sum(carried(parts, axis, optimizer) for parts in held))
-    for axis in (*DATA, "tp"):  # what is whole there is added up at the end
+    for axis in (*DATA_AXES, "tp"):  # what is whole there is added up at the end
         left = 0
         for part in (part for parts in held for part in parts):
             local, home = along(part, optimizer)

@@ -85,10 +85,15 @@ def walk(chain: Sequence[Node], step: Step, batch: Values, remat: Remat, carries
     """Add the gradients of the loss over a batch to `step.gradients`; returns {"loss.TERM": local sum}, and what it carries."""
     values, _, tape = walk_forward(chain, step, dict(batch), frozenset(), remat)
     losses = {name: x for name, x in values.items() if name.startswith("loss.")}
-    carried = {name: values[name].detach() for name in carries if name in values}
+    carried = carried_of(carries, values)
     del values
     walk_backward(tape, step)
     return losses, carried
+
+
+def carried_of(carries: Sequence[str], values: Values) -> Values:
+    """What the next microbatch is given, of those values that there are."""
+    return {name: values[name].detach() for name in carries if name in values}
 
 
 def walk_forward(

@@ -13,7 +13,7 @@ from fmegatron import optim, tree
 from fmegatron.models import Config, gpt
 from fmegatron.nn import dispatch, experts, moe
 from fmegatron.nn.mlp import Mlp
-from fmegatron.nn.moe import Moe
+from fmegatron.nn.moe import Moe, experts_of
 from fmegatron.nn.param import init, normal
 from fmegatron.sharding import RULES, SINGLE, Sharding, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant
@@ -198,12 +198,24 @@ def test_settings_that_cannot_be():
     for change, message in (
         ({"top_k": 7}, "top_k = 7 of 6 experts"),
         ({"groups": 4}, r"groups = 4: use one of \[1, 2, 3, 6\]"),
-        ({"groups": 3, "group_top_k": 1, "top_k": 3}, "they do not fit"),
+        ({"groups": 3, "group_top_k": 1, "top_k": 3}, "group_top_k = 1 of 3 groups of 2 experts, for top_k = 3: it is 2 to 3"),
+        ({"groups": 3, "group_top_k": 3, "top_k": 2}, "group_best = 0 of groups of 2 experts: it is 1 to 2"),
+        ({"groups": 0}, "groups = 0: it is at least 1"),
+        ({"score": "softmx"}, "'softmx': it is one of softmax, sigmoid"),
+        ({"router_dtype": "bf16"}, "one of fp32, fp64"),
+        ({"drop": "best"}, "one of probs, position"),
+        ({"layers": 0}, "layers = 0: it is at least 1"),
+        ({"jitter": 1.5}, "0 to below 1"),
+        ({"z_loss": -1.0}, "0 or more"),
         ({"top_k": 1}, "set normalize = false"),
         ({"sinkhorn": True, "switch_loss": 0.1}, "takes no balance loss"),
         ({"shared_gate": True}, "give their width"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(PLAIN, **change)
+    with pytest.raises(ValueError, match="moe.first_dense = 3 of layers = 3: it is 0 to 2"):
+        replace(BASE, moe=replace(PLAIN, first_dense=3))
+    with pytest.raises(ValueError, match="say how many"):
+        experts_of({"top_k": 2})
     with pytest.raises(ValueError, match="moe.layers has 2 flags for layers = 3"):
         replace(BASE, moe=replace(PLAIN, layers=(True, False)))

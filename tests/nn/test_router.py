@@ -165,13 +165,19 @@ def test_loads_averaged_over_microbatches_are_megatrons():
         torch.testing.assert_close(terms["balance_global"], wanted.to(x.dtype), rtol=1e-6, atol=0)
 
 
-def test_a_step_hands_loads_from_microbatch_to_microbatch(monkeypatch):
-    """Against the definition, from all microbatches' shares; on a mesh and when layers run again the same."""
+def averaged():
+    """A model whose routers' loads are averaged, and a batch."""
     c = Config(layers=2, embed=16, heads=4, kv=2, mlp=24, vocab=32, mtp=1,
                moe=Moe(experts=8, top_k=2, mlp=8, global_loss=0.5, global_average=True))  # fmt: skip
-    g, right, seen = torch.Generator().manual_seed(0), router.losses, []
+    g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 32, (4, 8), generator=g)
-    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": torch.rand(4, 8, generator=g, dtype=torch.float64)}
+    weights = torch.rand(4, 8, generator=g, dtype=torch.float64)
+    return gpt(c), {"tokens": tokens, "labels": tokens.roll(-1, 1), "weights": weights}
+
+
+def test_a_step_hands_loads_from_microbatch_to_microbatch(monkeypatch):
+    """Against the definition, from all microbatches' shares; on a mesh and when layers run again the same."""
+    (model, batch), right, seen = averaged(), router.losses, []
 
     def losses(sh, router, logits, shares, before):
         seen.append(shares.detach())
@@ -179,17 +185,43 @@ def test_a_step_hands_loads_from_microbatch_to_microbatch(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(router, "losses", losses)
-        one = measure(gpt(c), SINGLE, batch, microbatches=4)
+        one = measure(model, SINGLE, batch, microbatches=4)
     by_layer, wanted = [torch.stack(seen[-12 + i :: 3]) for i in range(3)], 0.0  # [4 microbatches, 1, 8, 8]
     for p in by_layer:
         load = torch.stack([torch.zeros(8).index_add(0, q.topk(2).indices.flatten(), torch.ones(16)) for q in p])
         mean = load.cumsum(0) / torch.arange(1, 5)[:, None]
         wanted += 0.5 * 8 / (2 * 8**2) * (mean * p.sum((1, 2))).sum() / 4
     torch.testing.assert_close(one.metrics["balance_global"], wanted)
-    there = measure(gpt(c), Sharding(virtual_mesh(cp=2, tp=2), RULES["fsdp_tp_sp"]), batch, microbatches=4, remat="full")
+    there = measure(model, Sharding(virtual_mesh(cp=2, tp=2), RULES["fsdp_tp_sp"]), batch, microbatches=4, remat="full")
     assert_same(there, one, 1e-10)
-    with pytest.raises(ValueError, match="global_average: a microbatch's loads"):
-        make_step(gpt(c), optim.sgd(0.1), SINGLE, pipeline=Pipeline(make_schedule("1f1b", 2, None, 2)))
+
+
+@pytest.mark.parametrize("name, ranks, sizes, remat", [
+    ("1f1b", 2, {"cp": 2}, "none"),
+    pytest.param("gpipe", 3, {"dp": 1}, "full", marks=pytest.mark.long),
+    pytest.param("interleaved_1f1b", 2, {"tp": 2}, "full", marks=pytest.mark.long),
+    pytest.param("zb_h1", 2, {"dp": 1}, "none", marks=pytest.mark.long),
+])  # fmt: skip
+def test_stages_hand_loads_on_too(name, ranks, sizes, remat):
+    """Each to its own next microbatch, whatever others have under way."""
+    model, batch = averaged()
+    sh, schedule = Sharding(virtual_mesh(**sizes), RULES["fsdp_tp_sp"]), make_schedule(name, ranks, None, 4)
+    model = gpt(replace(model.config, layers=schedule.stages))
+    one = measure(model, SINGLE, batch, microbatches=4)
+    assert_same(measure(model, sh, batch, remat=remat, pipeline=Pipeline(schedule)), one, 1e-10)
+
+
+@pytest.mark.long
+def test_a_compiled_step_hands_loads_on_too():
+    model, batch = averaged()
+    batch["weights"] = batch["weights"].float()
+    state, found = init(model, optim.sgd(0.1), SINGLE), []
+    for compile in (False, True):
+        step = make_step(model, optim.sgd(0.1), SINGLE, microbatches=4, compile=compile)
+        found.append(step(state, batch))
+    (eager, a), (compiled, b) = found
+    torch.testing.assert_close(b["balance_global"], a["balance_global"])
+    torch.testing.assert_close(compiled.params, eager.params, rtol=1e-5, atol=1e-6)
 
 
 def test_routing_is_recorded_and_replayed():

@@ -25,6 +25,7 @@ from fmegatron.train.chain import (
     backward_inputs,
     backward_visits,
     backward_weights,
+    carried_of,
     walk_backward,
     walk_forward,
 )
@@ -62,6 +63,7 @@ class Execution:
     flights: dict[tuple[int, int], Flight] = field(default_factory=dict)
     inbox: dict[Action, Callable[[], Payload]] = field(default_factory=dict)
     outbox: dict[Action, Payload] = field(default_factory=dict)
+    carried: dict[int, Values] = field(default_factory=dict)  # {stage: what its last microbatch leaves the next}
 
     def run(self) -> None:
         """Do them all; losses and taps are then those of this process's stages."""
@@ -96,7 +98,8 @@ class Execution:
     def forward(self, stage: int, microbatch: int, payload: Payload) -> None:
         """F."""
         came, moving = payload
-        nodes, values, moved = self.placed.nodes[stage], {**self.parts[microbatch], **came}, moving
+        values, moved = {**self.parts[microbatch], **self.carried.get(stage, {}), **came}, moving
+        nodes = self.placed.nodes[stage]
         if self.evaluate is not None:
             values = self.evaluate(nodes, values)
         else:
@@ -104,6 +107,7 @@ class Execution:
             values, moved, tape = walk_forward(nodes, step, values, moving, self.placed.remat(self.remat, microbatch))
             zeros = {name: came[name].new_zeros(()).expand_as(came[name]) for name in sorted(moving)}
             self.flights[stage, microbatch] = Flight(step, tape, zeros)
+            self.carried[stage] = carried_of(self.placed.whole.carries, values)
             add_taps(self.taps, step.taps)
             step.taps = self.taps  # what the backward taps
         for name in values:

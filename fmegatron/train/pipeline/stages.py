@@ -122,8 +122,6 @@ def place_pipeline(pipeline: Pipeline, model: Model, mesh: Mesh) -> Placed:
     Raises ValueError in one line where ranks, stages and layers do not fit.
     """
     schedule = pipeline.schedule
-    if model.carries:
-        raise ValueError("moe.global_average: a microbatch's loads go to the next, which stages do not do; drop it")
     layers = sum(node.is_layer for node in model.chain)
     layout = pipeline.layout or split_layers(layers, schedule.stages, predicted=sum(node.mtp for node in model.chain))
     rank, ranks = None, mesh.sizes.get("pp", 1)
