@@ -64,9 +64,9 @@ class Router:
     forced: bool = False  # token t takes experts t k, t k + 1, ...: an even load, for benchmarks
 
     def __post_init__(self) -> None:
-        for name, legal in (("score", KINDS), ("router_dtype", DTYPES)):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"moe.{name} = {getattr(self, name)!r}: it is one of {', '.join(legal)}")
+        for name, known in (("score", KINDS), ("router_dtype", tuple(DTYPES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"moe.{name} = {getattr(self, name)!r}: it is one of {', '.join(known)}")
         for name, least in (("experts", 1), ("groups", 1), ("group_top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"moe.{name} = {getattr(self, name)}: it is at least {least}")

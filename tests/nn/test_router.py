@@ -200,12 +200,13 @@ def test_a_step_hands_loads_from_microbatch_to_microbatch(monkeypatch):
     ("1f1b", 2, {"cp": 2}, "none"),
     pytest.param("gpipe", 3, {"dp": 1}, "full", marks=pytest.mark.long),
     pytest.param("interleaved_1f1b", 2, {"tp": 2}, "full", marks=pytest.mark.long),
-    pytest.param("zb_h1", 2, {"dp": 1}, "none", marks=pytest.mark.long),
+    pytest.param("zb_h1", 2, {}, "none", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_stages_hand_loads_on_too(name, ranks, sizes, remat):
     """Each to its own next microbatch, whatever others have under way."""
     model, batch = averaged()
-    sh, schedule = Sharding(virtual_mesh(**sizes), RULES["fsdp_tp_sp"]), make_schedule(name, ranks, None, 4)
+    sh = Sharding(virtual_mesh(**sizes), RULES["fsdp_tp_sp"]) if sizes else SINGLE  # a vmap does not split a backward
+    schedule = make_schedule(name, ranks, None, 4)
     model = gpt(replace(model.config, layers=schedule.stages))
     one = measure(model, SINGLE, batch, microbatches=4)
     assert_same(measure(model, sh, batch, remat=remat, pipeline=Pipeline(schedule)), one, 1e-10)
