@@ -124,6 +124,7 @@ $(TEST): $(CORE) constraints-oracles.txt
 	@echo "installing what the tests need"
 	@$(PIP) --editable '.[test]'
 	@$(BIN)/python -m pip -qq install $(PIP_FLAGS) --no-deps --requirement constraints-oracles.txt
+	@$(if $(findstring torch==2.11,$(TORCH)),$(BIN)/python -m pip -qq install $(PIP_FLAGS) 'numpy<2.4',:)  # Triton 3.6's interpreter
 	@touch $@
 
 $(BENCH): $(CORE)

@@ -62,10 +62,10 @@ def watched(script: str, words: Sequence[str], left: Callable[[], float]) -> int
 
 def broken(device: str) -> bool:
     """Whether the device fails whatever is asked of it: after an illegal access it does, until the process ends."""
-    import torch
-
     if device != "cuda":
         return False
+    import torch
+
     try:
         torch.cuda.synchronize()
     except RuntimeError:
