@@ -30,6 +30,7 @@ def fmegatron(shape: Shape, dtype: str, compile: bool, remat: str) -> Step:
     from fmegatron import optim
     from fmegatron.models.config import Config
     from fmegatron.models.gpt import gpt
+    from fmegatron.programs import Programs
     from fmegatron.sharding import SINGLE
     from fmegatron.train.state import init
     from fmegatron.train.step import make_step
@@ -52,7 +53,8 @@ def fmegatron(shape: Shape, dtype: str, compile: bool, remat: str) -> Step:
     tx = optim.chain(optim.clip_by_global_norm(A["clip"]), adamw)
     state = init(model, tx, SINGLE, params=params)
     compute = torch.bfloat16 if dtype == "bf16" else None
-    train = make_step(model, tx, SINGLE, donate=True, compile=compile, remat=remat, dtype=compute)
+    programs = Programs.of(config, A, remat, dtype)
+    train = make_step(model, tx, SINGLE, donate=True, compile=compile, remat=remat, dtype=compute, programs=programs)
     batch = {name: torch.from_numpy(x) for name, x in zip(("tokens", "labels"), tokens(shape), strict=True)}
 
     def step() -> float:

@@ -12,22 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.codecache import CacheBase, CppPythonBindingsCodeCache, torch_key
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-from torch._inductor.pattern_matcher import stable_topological_sort
-
-from fmegatron import tree
 
 # The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.
 INDUCTOR = {"cpp.vec_isa_ok": True}
@@ -87,101 +82,11 @@ def compile_graph(gm: Any, inputs: Any, backward: bool) -> Callable[..., Any]:
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
-    ordered = {"reorder_for_peak_memory": False} if any("wait_tensor" in str(node.target) for node in gm.graph.nodes) else {}
-    with config.patch(INDUCTOR | ordered), one_library_a_graph():
+    settings = {**INDUCTOR, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    if any("wait_tensor" in str(node.target) for node in gm.graph.nodes):
+        settings["reorder_for_peak_memory"] = False
+    with config.patch(settings), one_library_a_graph():
         return compile_fx_inner(gm, inputs, is_backward=backward)
-
-
-def simplify(joint: Any) -> None:
-    """Inductor's passes over a graph of forward and backward, in place.
-
-    Left out are the patterns that find attention in products and a softmax: to make them takes a second of each process.
-    """
-    from torch._inductor.fx_passes import joint_graph
-    from torch._inductor.fx_passes.post_grad import remove_noop_ops
-    from torch._inductor.fx_passes.replace_random import replace_random_passes
-
-    remove_noop_ops(joint.graph)
-    joint_graph.constant_fold_uniform_value(joint)
-    for patterns in (joint_graph.early_patterns, *joint_graph.pass_patterns):
-        patterns.apply(joint.graph)
-    replace_random_passes(joint)
-    stable_topological_sort(joint.graph)
-    joint.graph.lint()
-    joint.recompile()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """`fn` of constants and trees of tensors, compiled once for any number of rows, from two up, that its matrices have.
-
-    Traced as it is, without Dynamo, which would cost a start as much as the compiler does.
-    """
-
-    fn: Callable[..., Any]
-    graphs: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        given: tree.Tree = list(args)
-        leaves, spec = tree.flatten(given)
-        tensors = [x.contiguous() for x in leaves if isinstance(x, Tensor)]
-        rows = next(len(x) for x in tensors if x.dim() == 2)
-        assert rows > 1 and all(len(x) == rows for x in tensors if x.dim() == 2), [x.shape for x in tensors]
-        fixed = [None if isinstance(x, Tensor) else x for x in leaves]
-        key = (spec, *fixed, *((x.shape[x.dim() == 2 :], x.dtype, x.device) for x in tensors))
-        if key not in self.graphs:
-            self.graphs[key] = self._compile(spec, fixed, tensors)
-        return tuple(self.graphs[key]([rows, *tensors]))
-
-    def _compile(self, spec: Any, fixed: list[Any], tensors: list[Tensor]) -> Callable[..., Any]:
-        from torch._subclasses import FakeTensorMode
-        from torch.fx.experimental.proxy_tensor import make_fx
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-        env = ShapeEnv()
-        fake = FakeTensorMode(shape_env=env)
-
-        def flat(rows: Any, *given: Tensor) -> Any:
-            left = iter(given)
-            return self.fn(*tree.unflatten(spec, [next(left) if x is None else x for x in fixed]))
-
-        def abstract(x: Tensor, i: int) -> Tensor:
-            sizes = [DimDynamic.DUCK if x.dim() == 2 and dim == 0 else DimDynamic.STATIC for dim in range(x.dim())]
-            context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-            return fake.from_tensor(x.detach(), source=ConstantSource(f"x{i}"), symbolic_context=context)
-
-        with tracing(TracingContext(fake)):
-            inputs = [abstract(x, i) for i, x in enumerate(tensors)]
-            rows = next(x.shape[0] for x in inputs if x.dim() == 2)
-            gm = make_fx(flat, decomposition_table=decompositions())(rows, *inputs)
-            compiled = compile_graph(gm, [rows, *inputs], backward=False)
-            assert not env.guards, f"a kernel that asks for a number of rows: {env.guards}"
-        return compiled
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions of operators.
-
-    That of lerp with a plain number came with torch 2.12 or 2.13; before, the reference's makes a tensor of it that no traced
-    graph takes.
-    """
-    from torch._inductor.decomposition import select_decomp_table
-
-    table, scalar = dict(select_decomp_table()), torch.ops.aten.lerp.Scalar
-    return {**table, scalar: lerp} if table[scalar].__module__ == "torch._refs" else table
-
-
-def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """start + weight (end - start), by whichever end is nearer, as the operator does."""
-    return start + weight * (end - start) if abs(weight) < 0.5 else end - (end - start) * (1 - weight)
-
-
-def cacheable() -> TracingContext:
-    """Where graphs are compiled: Inductor asks its cache on disk only where symbolic shapes have a place; ours have none."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    return TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
 
 
 def warm_up() -> None:
@@ -225,6 +130,15 @@ class Kernels:
         """Compile and load what was added."""
         if self.sources:
             self.module = in_background(partial(CppPythonBindingsCodeCache.load, library(list(self.sources.values()))))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all kernels, in the library's order."""
+        return tuple(self.sources)
+
+    def file(self) -> Path | None:
+        """The library, when it is built; None without kernels."""
+        return Path(str(self.module.result().__file__)) if self.sources else None
 
     def _first(self, name: str, *args: Any) -> None:
         module = self.module.result()

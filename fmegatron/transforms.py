@@ -1,10 +1,11 @@
-"""Derivatives of blocks, by three engines behind one function: the only file that knows them.
+"""Derivatives of blocks, by three engines behind one function.
 
     values, moving, pullback = engine.vjp(fn, wrt, rest)       grads = pullback(cotangents)
 
     FUNC       torch.func: nests under vmap and grad; for virtual meshes, per-example gradients, second derivatives
     AUTOGRAD   torch.autograd: eager, lean in memory
-    Compiled   AOTAutograd and Inductor: a joint graph of forward and backward, partitioned once per kind of block and shape
+    Compiled   AOTAutograd and Inductor: a joint graph of forward and backward, partitioned once per kind of block and shape;
+               in compiled.py
 
 A block is a pure function `fn(wrt, rest) -> {name: tensor}` of two trees of tensors; derivatives are taken with respect to
 the floating tensors of `wrt`. All engines return the same numbers.
@@ -16,14 +17,13 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode, tracing
+from torch._guards import detect_fake_mode
 from torch.autograd.graph import get_gradient_edge
 
 from fmegatron import tree
@@ -37,6 +37,15 @@ Block = Callable[[Tree, Tree], Values]
 Pullback = Callable[[Mapping[str, Tensor]], Tree]
 # a block's values, the names among them that may depend on `wrt`, its pullback
 Derivative = tuple[Values, frozenset[str], Pullback]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is compiled once: a block's function and its settings. name: says both, the same in every process of a program."""
+
+    fn: Hashable
+    settings: tuple[Hashable, ...]
+    name: str = field(compare=False)
 
 
 class Engine(Protocol):
@@ -139,93 +148,6 @@ class Autograd:
     def call(self, fn: Block, spec: Any, leaves: list[Tensor], rest: Tree, kind: Hashable) -> Values:
         """The forward pass."""
         return fn(tree.unflatten(spec, leaves), rest)
-
-
-# -- compiled -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Compiled(Autograd):
-    """Autograd over graphs that AOTAutograd traces and Inductor compiles, once per kind of block and its shapes.
-
-    The block's Python runs on abstract tensors, two or three times: it may do anything but look at values.
-    """
-
-    graphs: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-    def call(self, fn: Block, spec: Any, leaves: list[Tensor], rest: Tree, kind: Hashable) -> Values:
-        """The forward pass of the compiled joint graph."""
-        assert kind is not None, "a compiled block needs a kind"
-        others, rest_spec = tree.flatten(rest)
-        flat = [*leaves, *others]
-        key = (kind, spec, rest_spec, tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in flat))
-        if key in self.graphs:
-            names, graph = self.graphs[key]
-            return dict(zip(names, graph(*flat), strict=True))
-        from fmegatron.inductor import cacheable, warm_up
-
-        if not self.graphs:
-            warm_up()
-        self.graphs[key] = names, graph = compile_block(fn, spec, len(leaves), rest_spec)
-        with tracing(cacheable()):  # compiles
-            return dict(zip(names, graph(*flat), strict=True))
-
-
-def compile_block(fn: Block, spec: Any, n: int, rest_spec: Any) -> tuple[list[str], Callable[..., Any]]:
-    """(names of the outputs, function of flat tensors) with compiled forward and backward."""
-    from functorch.compile import aot_function, min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-
-    from fmegatron.inductor import compile_graph, simplify
-
-    names: list[str] = []
-
-    def flat_fn(*flat: Tensor) -> list[Tensor]:
-        out = fn(tree.unflatten(spec, flat[:n]), tree.unflatten(rest_spec, flat[n:]))
-        names[:] = list(out)
-        return list(out.values())
-
-    def partition(joint: Any, inputs: Any, **options: Any) -> Any:
-        simplify(joint)
-        return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
-
-    graph = aot_function(
-        flat_fn,
-        fw_compiler=partial(compile_graph, backward=False),
-        bw_compiler=partial(compile_graph, backward=True),
-        partition_fn=partition,
-        decompositions={**select_decomp_table(), **products_of_bf16()},
-        num_params_buffers=n + rest_spec.num_leaves,  # inputs of fixed shapes
-    )
-    return names, graph
-
-
-def products_of_bf16() -> dict[Any, Callable[..., Any]]:
-    """Decompositions for a CPU without bf16 arithmetic: operands to fp32, multiply, round, as such an arithmetic would.
-
-    Torch's own loops for such products are ten to fifty times slower than fp32; the casts fuse into neighbouring kernels.
-    """
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return {}
-
-    def widened(op: Any, returns: Sequence[bool]) -> Callable[..., Any]:
-        def decomposed(*args: Any, **options: Any) -> Any:
-            given = [*args, *options.values()]  # attention's mask is named
-            if next((x.device.type for x in given if isinstance(x, Tensor) and x.dtype == torch.bfloat16), "") != "cpu":
-                return NotImplemented
-            wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in given]
-            out = op(*wide[: len(args)], **dict(zip(options, wide[len(args) :], strict=True)))
-            if isinstance(out, Tensor):
-                return out.bfloat16()
-            return tuple(y.bfloat16() if rounds else y for y, rounds in zip(out, returns, strict=True))
-
-        return decomposed
-
-    aten = torch.ops.aten
-    attention = aten._scaled_dot_product_flash_attention_for_cpu
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    products = {op.default: widened(op.default, ()) for op in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)}
-    products[attention.default] = widened(attention.default, (True, False))  # the logsumexp stays wide
-    products[backward.default] = widened(backward.default, (True, True, True))
-    return products
 
 
 def why_not_compile() -> str | None:

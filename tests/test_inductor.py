@@ -51,7 +51,7 @@ def test_a_graph_of_several_kernels_is_built_once(monkeypatch):
     from torch._inductor.utils import fresh_cache
 
     from fmegatron import inductor
-    from fmegatron.transforms import Compiled
+    from fmegatron.compiled import Compiled
 
     built = []
     monkeypatch.setattr(inductor, "library", lambda sources, really=inductor.library: built.append(sources) or really(sources))
@@ -74,7 +74,7 @@ def test_a_graph_of_several_kernels_is_built_once(monkeypatch):
 
 
 def test_rows_are_compiled_once():
-    from fmegatron.inductor import Rows
+    from fmegatron.compiled import Rows
 
     run = Rows(lambda add, x, vector, more: (x + vector[1] * add, more["y"].sum(1)))
     for n in (2, 3, 64, 129):

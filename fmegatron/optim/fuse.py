@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.compiled import Rows
 from fmegatron.kernels.launch import Form
 from fmegatron.offload import Copies, copies_of
 from fmegatron.optim.base import LOCAL, Over, Scaling, Transform, Tree, apply_updates
@@ -48,6 +49,7 @@ from fmegatron.optim.groups import Groups, join
 from fmegatron.optim.multi_tensor import Given, kernel_of
 from fmegatron.optim.packed import ROW, draw, halved, joined, on_rows, pack, where_of
 from fmegatron.optim.stream import Piece, cuts, in_turn
+from fmegatron.programs import Programs
 
 Kernel = Callable[..., tuple[Tensor, ...]]
 PIECE = 1 << 17  # elements: some ten fp32 arrays of a piece, temporaries included, stay in a cache of a few MB
@@ -58,12 +60,15 @@ class FusedStep:
     """tx as one function (grads, state, params) -> (params, state); see the module.
 
     copies: how what lies in host memory travels, None: as the device has it; piece: elements of it at a time.
+    programs: where what is compiled is kept, as `name`.
     """
 
     tx: Transform
     copies: Copies | None = None
     piece: int = 1 << 24
     kernels: Form = "reference"
+    programs: Programs | None = None
+    name: str = "optimizer"
 
     @cached_property
     def parts(self) -> tuple[tuple[Transform, ...], Transform | None, tuple[Transform, ...]]:
@@ -82,7 +87,8 @@ class FusedStep:
         form = _links(self.tx)[-1].form if _links(self.tx) else None
         if not isinstance(form, Groups):
             return {}
-        return {label: replace(self, tx=replace(tx, host=self.tx.host)) for label, tx in form.transforms.items()}
+        inner = {label: replace(tx, host=self.tx.host) for label, tx in form.transforms.items()}
+        return {label: replace(self, tx=tx, name=f"{self.name} {label}") for label, tx in inner.items()}
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -92,18 +98,17 @@ class FusedStep:
     @cached_property
     def compiled(self) -> Kernel:
         """The same, compiled."""
-        from fmegatron.inductor import Rows
-
-        return Rows(self.kernel)
+        return Rows(self.kernel, self.programs, self.name)
 
     @cached_property
     def packed(self) -> dict[bool, tuple[tuple[Kernel, Kernel], tuple[Kernel, Kernel]]]:
         """{whether parameters are in halves: draws and the kernel between formats, eager and compiled}."""
-        from fmegatron.inductor import Rows
-
         slots = [link.form.format(slot) for link in self.parts[2] for slot in link.form.slots]
         kernels = {halves: pack(self.kernel, (HALVES if halves else SAME, *slots)) for halves in (False, True)}
-        return {halves: ((draw, one), (Rows(draw), Rows(one))) for halves, one in kernels.items()}
+        def rows(fn: Kernel, what: str) -> Kernel:
+            return Rows(fn, self.programs, f"{self.name} {what}")
+
+        return {halves: ((draw, one), (rows(draw, "draw"), rows(one, f"packed {halves}"))) for halves, one in kernels.items()}
 
     def __call__(
         self, grads: Tree, state: Tree, params: Tree, *, over: Over = LOCAL, ok: Tensor | None = None,
@@ -211,9 +216,9 @@ class FusedStep:
         return Split(join([p.high for p in made], params.high), join([p.low for p in made], params.low)), new
 
 
-def fuse(tx: Transform, kernels: Form = "reference") -> FusedStep:
+def fuse(tx: Transform, kernels: Form = "reference", programs: Programs | None = None) -> FusedStep:
     """tx.update, apply_updates and the skip of a step that is not ok, as one function; compiled when first called."""
-    return FusedStep(tx, kernels=kernels)
+    return FusedStep(tx, kernels=kernels, programs=programs)
 
 
 def keep(ok: Tensor | None, new: Tree, old: Tree) -> Tree:

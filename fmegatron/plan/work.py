@@ -178,7 +178,7 @@ class Watched(Autograd):
 
     def vjp(self, fn: Block, wrt: Tree, rest: Tree, kind: Any = None) -> Derivative:
         """As Autograd's."""
-        part = self.part.get(kind[0], "head")
+        part = self.part.get(kind.fn, "head")
         if part == "head":
             self.meter.marks = {"before": self.meter.alive()}
         elif part == "tail":

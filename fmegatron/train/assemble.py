@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fmegatron import toml
-from fmegatron.config import RunConfig
+from fmegatron import toml, tree
+from fmegatron.config import Checkpoint, Run, RunConfig
+from fmegatron.config.faults import Local
+from fmegatron.config.monitors import Log, Profile
 from fmegatron.data.place import reading, shards_of
 from fmegatron.data.share import Share, share_of
 from fmegatron.models import Model
+from fmegatron.programs import Programs
 from fmegatron.sharding import Mesh, Sharding
 from fmegatron.train import graphs, setup, setup_batch, setup_precision
 from fmegatron.train.evaluate import make_evaluate
@@ -124,6 +127,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         microbatches=setup_batch.parts_of(c, shards_of(sh)),
         remat=t.remat,
         compile=compiled,
+        programs=programs_of(c, model, mesh, term_weights) if compiled else None,
         dtype=dtype,
         prefetch=t.prefetch,
         term_weights=term_weights,
@@ -165,6 +169,15 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         check=make_check(own, own_sh, placed),
         schedule=schedule,
     )
+
+
+def programs_of(c: RunConfig, model: Model, mesh: Mesh, term_weights: Mapping[str, float] | None) -> Programs | None:
+    """Where the run's compiled graphs are kept for its next start; None where functions of the user's say what is in them."""
+    tables: tree.Tree = [asdict(c.optimizer), asdict(c.semisync)]
+    if c.model.function or c.model.loss or any(isinstance(word, str) and ":" in word for word in tree.leaves(tables)):
+        return None
+    c = replace(c, run=Run(), checkpoint=Checkpoint(), log=Log(), profile=Profile(), local=Local())  # which no block sees
+    return Programs.of(c, model.config, mesh, term_weights)
 
 
 def _prepare(c: RunConfig, folder: Path, source: Source) -> None:

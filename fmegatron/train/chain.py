@@ -24,7 +24,7 @@ from fmegatron.split import Halves
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.remat import Remat
 from fmegatron.train.weights import Weights
-from fmegatron.transforms import Engine, Pullback
+from fmegatron.transforms import Engine, Kind, Pullback
 from fmegatron.tree import Tree
 
 
@@ -181,8 +181,9 @@ def differentiate(
     if not tree.leaves(wrt):
         return block(wrt, rest), frozenset(), None
     engine = step.engine.light if node.light else step.engine
-    how = (step.sh.recompute, step.sh.chunks, step.sh.kernels, inside.watch)
-    return engine.vjp(block, wrt, rest, kind=(node.fn, inside.layout, *how))
+    how = (step.sh.recompute, step.sh.chunks, step.sh.kernels, *sorted(inside.watch))
+    kind = Kind(node.fn, (inside.layout, *how), f"{node.index} {how}")
+    return engine.vjp(block, wrt, rest, kind)
 
 
 def backward(ran: Ran, step: Step, freed: bool) -> None:

@@ -76,16 +76,16 @@ def running(c: configs.Mesh) -> Iterator[Mesh]:
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Only kernels that give the same bits again, for as long as the run lasts."""
-    old = torch.are_deterministic_algorithms_enabled()
+    old = torch.get_deterministic_debug_mode()  # the other way to say it imports the compiler, which is seconds
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(old)
+        torch.set_deterministic_debug_mode(old)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 

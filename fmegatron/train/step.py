@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fmegatron import random, tree
+from fmegatron.compiled import Compiled
 from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
 from fmegatron.nn import watch as watching
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.optim.fuse import keep
+from fmegatron.programs import Programs
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.apart import inside
 from fmegatron.sharding.bucket import Wire
@@ -43,10 +45,11 @@ from fmegatron.train.semisync import SemiSync
 from fmegatron.train.state import Over, TrainState, check_there, sum_together, take_over
 from fmegatron.train.taps import everywhere as tapped_everywhere
 from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
-from fmegatron.transforms import AUTOGRAD, FUNC, Compiled, Engine, inside_transform, why_not_compile
+from fmegatron.transforms import AUTOGRAD, FUNC, Engine, inside_transform, why_not_compile
 from fmegatron.tree import Tree
 
 Metrics = dict[str, Tensor]
+Limits = Mapping[str, float]  # {metric: what its size must stay below}
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,12 +76,11 @@ class Plan:
     @property
     def engine(self) -> Engine:
         """What differentiates blocks here and now."""
-        splits = self.placed is not None and self.placed.schedule.splits
+        split = self.placed.schedule if self.placed is not None and self.placed.schedule.splits else None
         if not inside_transform():
-            return self.compiled or (SPLIT if splits else AUTOGRAD)
-        if splits:
-            name = self.placed.schedule.name if self.placed else ""
-            raise ValueError(f"schedule {name} splits backwards, which a vmap cannot: use threads (mesh.threads), or 1f1b")
+            return self.compiled or (SPLIT if split else AUTOGRAD)
+        if split:
+            raise ValueError(f"schedule {split.name} splits backwards, a vmap cannot: use threads (mesh.threads), or 1f1b")
         if self.compiled is not None:
             raise ValueError("a compiled step cannot run under a torch.func transform: make it with compile=False")
         return FUNC
@@ -104,8 +106,9 @@ def plan_step(
     count_zeros: bool = False,
     semisync: SemiSync | None = None,
     kernels: Literal["reference", "triton", "auto"] = "reference",
+    programs: Programs | None = None,
 ) -> Plan:
-    """Check the settings and plan every leaf's ways; raises ValueError in one line where something cannot be honoured.
+    """Check the settings and plan every leaf's ways; ValueError in one line where something cannot be honoured.
 
     dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead. reshard:
     when gathered parameters are freed, see `parse_reshard`. reduce_dtype: in which gradients travel between ranks (None: in
@@ -114,8 +117,8 @@ def plan_step(
     term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
     mesh with an axis pp the plan's model and sharding are those of this rank's stages. precision: that of `init`. skip_norm:
     a step whose gradient has a larger norm is skipped. count_zeros: the metric "zeros", of the gradient's elements.
-    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica. kernels: see
-    docs/kernels.md.
+    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica. kernels,
+    programs: see docs/kernels.md, docs/startup.md.
     """
     precision.check(dtype, semisync is not None)
     every, sh = sh, inside(sh)
@@ -154,7 +157,7 @@ def plan_step(
         reshard=parse_reshard(reshard),
         wire=wire,
         async_tp=async_tp,
-        compiled=Compiled() if compile else None,
+        compiled=Compiled(programs) if compile else None,
         placed=placed,
         weights=tuple((term_weights or {}).items()),
         precision=precision,
@@ -208,9 +211,6 @@ def value_and_grad(
     return grads, {**tapped_everywhere(every, metrics, taps), **{f"count.{term}": n for term, n in counts.items()}}
 
 
-Limits = Mapping[str, float]  # {metric: what its size must stay below}
-
-
 def make_step(
     model: Model, tx: Transform, sh: Sharding, *, donate: bool = False, **settings: Any
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -226,7 +226,7 @@ def make_step(
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
     plan = plan_step(model, sh, **settings)
-    finish = fuse(tx, plan.sh.kernels)
+    finish = fuse(tx, plan.sh.kernels, settings.get("programs"))
 
     def step(
         state: TrainState, batch: Batches, limits: Limits | None = None, clock: int | None = None,

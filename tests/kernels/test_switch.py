@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmegatron import optim
+from fmegatron.compiled import Compiled
 from fmegatron.kernels import norm
 from fmegatron.kernels.launch import choose
 from fmegatron.models.gpt import Config, gpt
@@ -18,7 +19,6 @@ from fmegatron.testing import assert_trees_all_close
 from fmegatron.testing.invariance import NAMES, whole_leaves
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
-from fmegatron.transforms import Compiled
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")

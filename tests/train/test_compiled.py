@@ -9,13 +9,15 @@ import torch
 from functorch.compile import aot_function, nop
 from torch._dynamo.utils import counters
 
+from fmegatron.compiled import Compiled
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.core import attend
 from fmegatron.sharding import SINGLE
 from fmegatron.testing import assert_max_traces, assert_trees_all_close
+from fmegatron.tracing import products_of_bf16
 from fmegatron.train.step import plan_step, value_and_grad
-from fmegatron.transforms import Compiled, products_of_bf16, why_not_compile
+from fmegatron.transforms import why_not_compile
 
 torch.set_num_threads(1)
 
