@@ -75,6 +75,28 @@ def test_every_path_is_the_loop_over_experts(kind, static):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_shared_experts_with_a_gate_are_those_of_qwen2():
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwen2MoeSparseMoeBlock
+
+    block = replace(PLAIN, shared=4, shared_gate=True)
+    theirs = Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(
+        hidden_size=D, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=8, shared_expert_intermediate_size=4,
+        norm_topk_prob=True, experts_implementation="eager",
+    )).double()  # fmt: skip
+    p = weights(block, Mlp())
+    given = {
+        "gate.weight": p["router"]["weight"].t(), "shared_expert_gate.weight": p["shared_gate"][None],
+        "experts.gate_up_proj": torch.cat([p["experts"]["gate"], p["experts"]["up"]], -1).mT,
+        "experts.down_proj": p["experts"]["down"].mT,
+        **{f"shared_expert.{name}_proj.weight": p["shared"][name].t() for name in ("gate", "up", "down")},
+    }  # fmt: skip
+    theirs.load_state_dict(given)
+    x = choices()[0].unflatten(0, (4, 10))
+    got, _ = moe.apply(SINGLE.bind({"embed": D, **block.sizes(16)}), block, Mlp(), p, x, {}, None)
+    with torch.no_grad():
+        torch.testing.assert_close(got, theirs(x), rtol=0, atol=1e-6)  # their softmax is of fp32
+
+
 def test_a_graph_may_be_used_twice():
     x, index, weight = choices()
     p = {name: w.clone().requires_grad_() for name, w in weights(PLAIN, Mlp())["experts"].items()}
