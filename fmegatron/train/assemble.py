@@ -104,6 +104,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     setup.check_batch(c, shards_of(sh))
     setup.check_sequence(c, sh)
     setup.check_layers(c, sh)
+    setup.check_optimizer(c)
     graphs.check(c, sh)
     share = share_of(sh)
     source = setup.on_first(mesh, lambda: source_of(c, say, reads=share is None or share.reads))

@@ -53,6 +53,11 @@ def schedule_of(c: RunConfig) -> Schedule:
     return optim.scaled(rate, switch["at"], switch["lr_scale"]) if "lr_scale" in switch and "at" in switch else rate
 
 
+def check_optimizer(c: RunConfig) -> None:
+    """ConfigError where the optimizer, its schedule or a keyword is none that we know: before text is read and learned from."""
+    schedule_of(c), _keywords(c)
+
+
 def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -> Transform:
     """Clipping, then the optimizer, or one for each group of parameters."""
     schedule = schedule or schedule_of(c)

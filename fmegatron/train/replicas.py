@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
+from fmegatron.kernels.bits import same_bits
 from fmegatron.models.model import Model
 from fmegatron.sharding import Sharding, spmd
 from fmegatron.sharding.collectives import Pmax
@@ -89,7 +90,7 @@ def hash_of(x: Tensor) -> Tensor:
     """A 62-bit hash of a tensor's bits and their order: 0-D int64; not cryptographic."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     total = x.new_zeros((), dtype=torch.int64)
-    for number, piece in enumerate(x.detach().contiguous().view(words).reshape(-1).split(PIECE)):
+    for number, piece in enumerate(same_bits(x.contiguous(), words).reshape(-1).split(PIECE)):
         index = torch.arange(piece.shape[0], device=x.device) + number * PIECE
         odd = (index * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019) | 1  # a factor of its own for each place
         total = total + ((piece.long() + 0x5851F42D4C957F2D) * odd).sum()

@@ -31,6 +31,7 @@ from fmegatron.train.flops import step_flops
 from fmegatron.train.lowbits import lowered
 from fmegatron.train.mup import mup_of
 from fmegatron.train.optimizers import Schedule as Schedule
+from fmegatron.train.optimizers import check_optimizer as check_optimizer
 from fmegatron.train.optimizers import optimizer_of as optimizer_of
 from fmegatron.train.optimizers import outer_of
 from fmegatron.train.optimizers import resumed as resumed
