@@ -71,7 +71,7 @@ def test_presets_are_written_with_dashes_or_underscores(name, found):
     ("llama3-70b --mesh.tp 7 --data.seq 7168", "does not divide over mesh axis 'tp' of 7: use tp=4 or tp=8"),
     ("llama3-70b --mesh.tp 8 --data.seq 8100", "has size 8100, which does not divide over mesh axis 'tp' of 8: use tp=4"),
     ("llama3-70b --mesh.dp 3 --training.global-batch 16", "use 15 or 18"),
-    ("llama3-70b --mesh.dp 4 --training.global-batch 16 --training.microbatches 3", "use 15 or 18"),
+    ("llama3-70b --mesh.dp 4 --training.global-batch 16 --training.microbatches 3", "a batch of 15 or 18"),
     ("llama3-70b --mesh.dp 3 --mesh.tp 8 --gpus 64", "the mesh has 24 ranks (dp=3 x tp=8) and gpus = 64: use mesh.dp = 8"),
     ("llama3-70b --mesh.dp -1 --mesh.tp 8 --gpus 60", "ranks of the other axes: use gpus = 56 or 64"),
     ("llama3-70b --mesh.dp -1", "gpus = N"),

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmegatron.compiled import Compiled
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh, thread_mesh
 from fmegatron.sharding.mesh import with_transports
@@ -15,7 +16,7 @@ from fmegatron.sharding.traffic import counted
 from fmegatron.sharding.transports import Group
 from fmegatron.testing import assert_same, assert_trees_all_close, measure
 from fmegatron.testing.background import Background, Products
-from fmegatron.transforms import AUTOGRAD, Compiled, why_not_compile
+from fmegatron.transforms import AUTOGRAD, why_not_compile
 
 
 def model():

@@ -5,6 +5,7 @@ Python is not asked again. Bugs of such steps are planted, and seen.
 """
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ TX = {
     "muon": optim.muon(1e-2),
     "sgd": optim.sgd(RATE, momentum=0.9),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_the_operator_of_a_cpu():
+    """What reads its numbers on the host, as no step on a GPU does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("fmegatron.optim.fuse"), "kernel_of", lambda *_, **__: None)
+        yield
 
 
 def made(tx="adamw", wrap=Graphed, **settings):

@@ -248,7 +248,7 @@ def test_only_some_microbatches_are_computed_again():
 
 def test_refused_in_one_line():
     net, split = model(), Pipeline(make_schedule("zbv", 2, None, 4))
-    with pytest.raises(ValueError, match="schedule zbv splits backwards, which a vmap cannot: use threads"):
+    with pytest.raises(ValueError, match="schedule zbv splits backwards, a vmap cannot: use threads"):
         measure(net, Sharding(virtual_mesh(dp=2), RULES["ddp"]), batch(), pipeline=split)
     with pytest.raises(ValueError, match="schedule zbv splits backwards, compiled blocks cannot: use 1f1b or compile=False"):
         plan_step(net, SINGLE, pipeline=split, compile=True)
