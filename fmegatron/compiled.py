@@ -52,7 +52,7 @@ class Compiled(Autograd):
                 return dict(zip(pair.names, pair(*flat), strict=True))
         from fmegatron import inductor, tracing
 
-        if not any(not isinstance(graph, Pair) for _, graph in self.graphs.values()):
+        if all(isinstance(graph, Pair) for _, graph in self.graphs.values()):  # the first that is compiled here
             inductor.warm_up()
         context = tracing.cacheable()
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,12 +65,8 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    import torch._dynamo  # noqa: F401
-    import torch._inductor.compile_fx  # noqa: F401
-    import torch.distributed  # noqa: F401
-
-    import fmegatron.cli
-    import fmegatron.train.loop  # noqa: F401
+    for name in ("torch._dynamo", "torch._inductor.compile_fx", "torch.distributed", "fmegatron.cli", "fmegatron.train.loop"):
+        import_module(name)  # what forks find imported
 
     while line := sys.stdin.readline():
         asked = json.loads(line)
