@@ -27,6 +27,7 @@ from fmegatron.train.book import Book, Feed
 from fmegatron.train.closing import Sampler, close
 from fmegatron.train.faults.guard import Guard, beating, watched
 from fmegatron.train.faults.watch import from_json
+from fmegatron.train.garbage import collecting
 from fmegatron.train.meeting import settled
 from fmegatron.train.meter import Meter
 from fmegatron.train.node_local import place_of_run, save_local
@@ -102,6 +103,7 @@ def train(
         if mark:
             save(parts, guard, saver, state)
             _note(show, saver.wait())
+        collect = stack.enter_context(collecting(c.training.collect))
         traces = stack.enter_context(Traces(c.profile, parts.folder / "traces", parts.sh.mesh))
         while done < steps and not guard.stops(stop, done):
             meter.begin(done + 1)
@@ -129,6 +131,7 @@ def train(
                 book.write()
                 save_near(parts, guard, state, near)
                 book.restart("checkpoint")
+            collect(done)
         book.write()
         if done != saved:
             _note(show, save(parts, guard, saver, state, last=done >= steps))

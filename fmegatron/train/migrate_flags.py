@@ -41,12 +41,12 @@ SWITCHES = {  # read by the functions below
     "num_virtual_stages_per_pipeline_rank", "train_samples", "lr_warmup_samples", "lr_decay_samples", "lr_wsd_decay_samples",
     "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "fp8_recipe", "rerun_mode", "replication",
     "replication_jump", "replication_factor", "non_persistent_ckpt_type", "profile", "profile_step_start", "profile_step_end",
-    "profile_ranks", "log_params_norm",
+    "profile_ranks", "log_params_norm", "manual_gc", "manual_gc_interval",
 }  # fmt: skip
 SILENT = {  # how it is done there, or what is always done here
     "moe_grouped_gemm", "moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion", "moe_per_layer_logging",
     "use_pytorch_profiler", "log_throughput", "log_memory_to_tensorboard", "log_validation_ppl_to_tensorboard",
-    "exit_signal_handler", "no_save_rng", "no_load_rng",
+    "exit_signal_handler", "no_save_rng", "no_load_rng", "no_manual_gc_eval",
 }  # fmt: skip
 READ = frozenset(PLAIN.keys() | EXPERTS.keys() | SWITCHES | SILENT)
 
@@ -123,7 +123,7 @@ def fp8(args: Args) -> Iterator[Setting]:
 
 
 def faults(args: Args) -> Iterator[Setting]:
-    """Steps run again, copies on other nodes' disks (one copy without --replication), traces, norms at each step."""
+    """Steps run again, copies on other nodes' disks (one copy without --replication), traces, norms at each step, garbage."""
     if args.get("rerun_mode", "disabled") != "disabled":
         yield "faults.rerun", args["rerun_mode"] == "validate_results" or args["rerun_mode"]
     if args.get("non_persistent_ckpt_type") == "local" or args.get("replication"):
@@ -136,3 +136,5 @@ def faults(args: Args) -> Iterator[Setting]:
         yield "profile.ranks", ranks if isinstance(ranks, list) else [ranks]
     if args.get("log_params_norm"):
         yield "monitors.norms", 1
+    if args.get("manual_gc") and args.get("manual_gc_interval"):  # without one it never collects there
+        yield "training.collect", args["manual_gc_interval"]

@@ -11,6 +11,7 @@ TITAN = {  # TorchTitan's key: ours
     "training.steps": "training.steps", "training.seq_len": "data.seq", "training.global_batch_size": "training.global_batch",
     "training.max_norm": "training.clip_norm", "training.seed": "run.seed", "debug.seed": "run.seed",
     "training.deterministic": "training.deterministic", "debug.deterministic": "training.deterministic",
+    "training.gc_freq": "training.collect",
     "training.dataset_path": "data.source", "optimizer.lr": "optimizer.lr", "optimizer.eps": "optimizer.eps",
     "optimizer.weight_decay": "optimizer.weight_decay", "lr_scheduler.warmup_steps": "optimizer.warmup",
     "parallelism.tensor_parallel_degree": "mesh.tp", "parallelism.context_parallel_degree": "mesh.cp",

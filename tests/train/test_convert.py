@@ -187,6 +187,8 @@ WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-
     ("--non-persistent-save-interval 10 --non-persistent-ckpt-type local --non-persistent-local-ckpt-dir /disk --replication "
      "--replication-jump 4 --replication-factor 3",
      {"local.interval": 10, "local.folder": "/disk", "local.jump": 4, "local.factor": 3}),
+    ("--manual-gc --manual-gc-interval 7 --no-manual-gc-eval", {"training.collect": 7}),
+    ("--manual-gc-interval 7", {"training.collect": 50}),
     ("--profile --profile-step-start 3 --profile-step-end 5 --profile-ranks 0 1 --train-iters 9 --log-params-norm",
      {"profile.steps": (4, 5), "profile.ranks": (0, 1), "monitors.norms": 1}),
     ("--fp8-format hybrid --fp8-recipe tensorwise --bf16", {"fp8.recipe": "tensorwise", "fp8.format": "hybrid"}),
