@@ -76,7 +76,7 @@ class Training(BatchSizes, Precision):
     donate: bool = option(True, "a step reuses the memory of the state before it")
     graphs: bool = option(False, "record the step as a CUDA graph for each shape of a batch, and replay it; see docs/gpu.md")
     deterministic: bool = option(True, "only kernels that give the same bits again")
-    collect: int = option(50, "steps between collections of Python's garbage, on all ranks at once; 0: when it likes", at_least=0)
+    collect: int = option(50, "steps between collections of garbage, on all ranks at once; 0: when Python likes", at_least=0)
 
 
 @dataclass(frozen=True)
