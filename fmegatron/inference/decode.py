@@ -130,13 +130,13 @@ class Decoder:
         batch = {"tokens": tokens, "positions": here.expand(tokens.shape), "order": here.expand(tokens.shape)}
         values: dict[str, Any] = self.model.inputs(sh, batch)
         for (node, own), kept in zip(self.nodes, self.caches, strict=True):
-            reads: dict[str, Any] = {name: values[name] for name in node.reads if name in values} | {"cache": kept}
-            values |= node.fn(sh, own, reads, None)
+            reads: dict[str, Any] = {**node.given(values), "cache": kept}
+            values |= {node.outside(name): x for name, x in node.fn(sh, own, reads, None).items()}
             if "order.k" in node.writes:
                 values["order.k"] = there
         self.length = stop
         node, own = self.output
-        reads = {name: values[name][:, -1:] for name in node.reads if name in values}
+        reads = {name: x[:, -1:] for name, x in node.given(values).items()}
         return _whole(sh, node.fn(sh, own, reads, None)["logits"])
 
 

@@ -47,9 +47,9 @@ def make_evaluate(
         def run_nodes(nodes: Sequence[Node], values: Values) -> Values:
             for node in nodes:
                 own, inside = weights.take(node), here.of_layer(node.index)
-                reads = {name: values[name] for name in node.reads if name in values}
+                reads = node.given(values)
                 new = _in_parts(node, inside, own, reads) if node.chunks else node.fn(inside, own, reads, None)
-                values = {**values, **new}
+                values = {**values, **{node.outside(name): x for name, x in new.items()}}
                 weights.leave(node, own)
             return values
 
