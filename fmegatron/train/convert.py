@@ -28,7 +28,7 @@ from fmegatron.nn.rope import scaling_of
 from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, megatron, saving
-from fmegatron.train.manifest import Store
+from fmegatron.train.manifest import Manifest, Store
 from fmegatron.train.steps import step_of
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -97,7 +97,8 @@ def open_source(source: str, config: str | None = None) -> Source:
     leaves = {path: (store.tensors[f"params.{path}"].dtype, read) for path, read in held.items()}
     run = Path(found).parent.parent
     tokenizer = run if (run / "tokenizer.json").is_file() else None
-    return Source(model_of(store.meta), leaves, step_of(Path(found)), tokenizer)
+    step = store.step if isinstance(store, Manifest) else step_of(found.name)  # whatever its folder is called
+    return Source(model_of(store.meta), leaves, step or 0, tokenizer)
 
 
 def _read(store: Store, key: str) -> Tensor:

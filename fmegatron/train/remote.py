@@ -24,6 +24,7 @@ from fmegatron import tensorfile
 from fmegatron.sharding.chunks import Box
 from fmegatron.train.dcp import Stored
 from fmegatron.train.manifest import NAME, Manifest, loads
+from fmegatron.train.steps import step_of, superseded
 
 PIECE = 1 << 24  # bytes read back at a time
 
@@ -78,7 +79,7 @@ class Bucket:
         if not fs.isdir(self.url):
             return []
         names = sorted((path.rstrip("/").rpartition("/")[2] for path in fs.ls(self.url, detail=False)), reverse=True)
-        steps = [name for name in names if name.startswith("step-")]
+        steps = [name for name in names if step_of(name) is not None]
         marker = fs.cat_file(self.url / "latest").decode(errors="replace").strip() if "latest" in names else ""
         first = [name for name in steps if name == marker] + [name for name in steps if name < marker]
         return [self.url / name for name in first + [name for name in steps if name not in first]]
@@ -116,10 +117,9 @@ class Bucket:
         if bad:
             raise OSError(f"{final} is not what was written: {bad[0]}")
         self.fs.pipe_file(self.url / "latest", f"{final.name}\n".encode())
-        done = sorted(url for url in self.candidates() if url.name <= final.name and Bucket(url).is_checkpoint())
-        for url in done[:-keep] if keep else []:
-            if not (keep_every and int(url.name.removeprefix("step-")) % keep_every == 0):
-                self._delete(url)
+        there = [url.name for url in self.candidates() if Bucket(url).is_checkpoint()] if keep else []
+        for name in superseded(there, final.name, keep, keep_every):
+            self._delete(self.url / name)
 
     def discard(self, step: int) -> None:
         """Delete a step that failed."""

@@ -44,7 +44,7 @@ class Resume:
         for line in said:
             self.say(line)
         near = find_local(self.local, group=gloo()) if self.local is not None else None
-        if near is not None and self.local is not None and (found is None or not own or near.step > step_of(Path(found.name))):
+        if near is not None and self.local is not None and (found is None or not own or near.step > (step_of(found.name) or 0)):
             store = near.manifest(self.local)
             self._same_model(store.folder, store.meta)
             state = tree.map(saving.own_memory, fresh)

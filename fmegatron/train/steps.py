@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,9 @@ class Local:
         write_atomically(self._temporary(step) / NAME, text)
         replace(self._temporary(step), final)
         write_atomically(self.root / "latest", final.name + "\n")
-        for path in superseded(final, keep, keep_every):
-            delete(path)
+        there = [path.name for path in self.root.glob("step-*") if is_checkpoint(path)]
+        for name in superseded(there, final.name, keep, keep_every):
+            delete(self.root / name)
 
     def discard(self, step: int) -> None:
         """Delete a step that failed."""
@@ -74,9 +75,10 @@ def step_folder(folder: AnyPath, step: int) -> Path:
     return Path(folder) / f"step-{step:08d}"
 
 
-def step_of(path: Path) -> int:
-    """The step of a folder: the inverse of `step_folder`."""
-    return int(path.name.removeprefix("step-"))
+def step_of(name: str) -> int | None:
+    """The step of a folder's name, the inverse of `step_folder`; None for another name, such as that of a copy beside it."""
+    number = name.removeprefix("step-")
+    return int(number) if number != name and number.isdecimal() else None
 
 
 def candidates(root: Path) -> list[Path]:
@@ -84,7 +86,7 @@ def candidates(root: Path) -> list[Path]:
 
     Some may be damaged, and hold no checkpoint.
     """
-    steps = sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    steps = sorted((path for path in root.glob("step-*") if path.is_dir() and step_of(path.name) is not None), reverse=True)
     asides = sorted((path for path in root.glob(".old-step-*") if is_checkpoint(path)), reverse=True)
     marker = root / "latest"
     named = root / marker.read_text(encoding="utf-8", errors="replace").strip() if marker.is_file() else root
@@ -95,10 +97,13 @@ def candidates(root: Path) -> list[Path]:
     return first + earlier + [path for path in steps + asides if path not in first + earlier]
 
 
-def superseded(final: Path, keep: int, keep_every: int) -> list[Path]:
-    """Checkpoints to delete once `final` is there: those of its past but the last `keep`, and but every so-manieth step."""
-    done = sorted(path for path in final.parent.glob("step-*") if path.name <= final.name and is_checkpoint(path))
-    return [path for path in done[:-keep] if not (keep_every and step_of(path) % keep_every == 0)] if keep else []
+def superseded(names: Iterable[str], last: str, keep: int, keep_every: int) -> list[str]:
+    """Of checkpoints' names those to delete once `last` is there: its past but the last `keep`, and but every so-manieth step.
+
+    keep 0: none. What has not just a step's name is its owner's: neither counted nor deleted.
+    """
+    steps = {step: name for name in names if (step := step_of(name)) is not None and name <= last}
+    return [steps[step] for step in sorted(steps)[:-keep] if not (keep_every and step % keep_every == 0)] if keep else []
 
 
 def aside(path: Path) -> Path:

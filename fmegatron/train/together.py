@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -59,4 +60,13 @@ def _attempt(fn: Callable[[], Any]) -> Any:
     try:
         return fn(), None
     except BaseException as error:
-        return None, error
+        return None, _portable(error)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or one that says the same where it cannot be sent: not every class of exception survives pickling."""
+    try:
+        return pickle.loads(pickle.dumps(error)) and error
+    except Exception:
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+        return kind(f"{type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_keeps_the_last_k(tmp_path: Path) -> None:
     save(tmp_path, 35, {"w": whole(torch.tensor(35))}, {"step": 35}, keep=2)
     assert read_meta(tmp_path) == {"step": 35}
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000030", "step-00000035", "step-00000040"]
+
+
+def test_a_copy_beside_the_steps_is_its_owners(tmp_path: Path) -> None:
+    save(tmp_path, 10, {"w": whole(torch.tensor(10))}, {})
+    for name in ("step-00000010.bak", "step-00000010-best"):
+        shutil.copytree(step_folder(tmp_path, 10), tmp_path / name)
+    for step in (20, 30):
+        save(tmp_path, step, {"w": whole(torch.tensor(step))}, {"step": step}, keep=1, keep_every=20)
+    steps, copies = ["step-00000020", "step-00000030"], ["step-00000010-best", "step-00000010.bak"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", *copies, *steps]
+    shutil.rmtree(step_folder(tmp_path, 30))
+    assert latest(tmp_path) == step_folder(tmp_path, 20)
+    assert find(tmp_path / "step-00000010.bak") == tmp_path / "step-00000010.bak"
 
 
 def test_a_failed_save_deletes_nothing(tmp_path: Path) -> None:
