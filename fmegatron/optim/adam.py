@@ -25,17 +25,21 @@ from fmegatron.optim.switch import Number, peak_of
 Moving = float | Tensor | Schedule
 
 
-def adam(learning_rate: Moving, betas: Sequence[Number] = (0.9, 0.95), eps: float = 1e-8) -> Transform:
-    """Adam (Kingma and Ba 2015)."""
-    return chain(scale_by_adam(betas, eps), scale_by_learning_rate(learning_rate))
+def adam(
+    learning_rate: Moving, betas: Sequence[Number] = (0.9, 0.95), eps: float = 1e-8, eps_root: float = 0.0
+) -> Transform:
+    """Adam (Kingma and Ba 2015); eps_root as in `scale_by_momenta`."""
+    return chain(scale_by_adam(betas, eps, eps_root), scale_by_learning_rate(learning_rate))
 
 
 def adamw(
     learning_rate: Moving, betas: Sequence[Number] = (0.9, 0.95), eps: float = 1e-8,
-    weight_decay: Moving = 0.1, mask: Mask = None,
+    weight_decay: Moving = 0.1, mask: Mask = None, eps_root: float = 0.0,
 ) -> Transform:
-    """AdamW (Loshchilov and Hutter 2019), decay times the rate as in torch; `mask` says which leaves decay (decay.py)."""
-    return chain(scale_by_adam(betas, eps), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
+    """AdamW (Loshchilov and Hutter 2019), decay times the rate as in torch; `mask` says which leaves decay (decay.py);
+    eps_root as in `scale_by_momenta`."""
+    decay = add_decayed_weights(weight_decay, mask)
+    return chain(scale_by_adam(betas, eps, eps_root), decay, scale_by_learning_rate(learning_rate))
 
 
 def decoupled_adamw(
@@ -89,9 +93,9 @@ def aggmo_adopt(
     return _decaying(scale_by_adopt(betas, vs, eps, clip), learning_rate, weight_decay, decouple, mask, late=True)
 
 
-def scale_by_adam(betas: Sequence[Number] = (0.9, 0.95), eps: float = 1e-8) -> Transform:
+def scale_by_adam(betas: Sequence[Number] = (0.9, 0.95), eps: float = 1e-8, eps_root: float = 0.0) -> Transform:
     """The mean of gradients over the root of the mean of squares, both unbiased. State: {"count", "mu", "nu"}."""
-    return scale_by_momenta(betas, (1.0,), eps)
+    return scale_by_momenta(betas, (1.0,), eps, eps_root=eps_root)
 
 
 def _one(vs: Sequence[Number]) -> Sequence[Number]:

@@ -32,11 +32,13 @@ def fourth_root(t: Tensor) -> Tensor:
 
 
 def scale_by_momenta(
-    betas: Sequence[Number] = (0.9, 0.95), vs: Sequence[Number] = (1.0,), eps: float = 1e-8, amsgrad: bool = False
+    betas: Sequence[Number] = (0.9, 0.95), vs: Sequence[Number] = (1.0,), eps: float = 1e-8, amsgrad: bool = False,
+    eps_root: float = 0.0,
 ) -> Transform:
     """Adam's form. State: {"count", "mu", "mu_2", ..., "nu"}, with amsgrad "nu_max", whose root divides in nu's place.
 
-    betas: one for each of vs, then that of nu. vs: weights of the momenta; what they leave of 1 is the gradient's.
+    betas: one for each of vs, then that of nu. vs: weights of the momenta; what they leave of 1 is the gradient's. eps_root:
+    added under the root, whose derivative at a gradient of zero is else not finite: for derivatives through training.
     """
     *firsts, b2 = check(betas, vs)
     names = momenta_names(vs)
@@ -51,10 +53,12 @@ def scale_by_momenta(
         if amsgrad:
             new["nu_max"] = second = torch.maximum(slots["nu_max"], second)
         up = mixed(u, [new[name] * s[f"unbias_{name}"] for name in names], vs, s)
-        return up / ((second * s["unbias_nu"]).sqrt() + eps), new
+        second = second * s["unbias_nu"]
+        return up / ((second + eps_root if eps_root else second).sqrt() + eps), new
 
     still = [float(b) for b in betas if not isinstance(b, Switch)]
-    known = ("adam", Adam((still[0], still[1]), eps)) if tuple(vs) == (1.0,) and len(still) == 2 and not amsgrad else ()
+    plain = tuple(vs) == (1.0,) and len(still) == 2 and not amsgrad and not eps_root
+    known = ("adam", Adam((still[0], still[1]), eps)) if plain else ()
     return elementwise(Elementwise(leaf, (*names, "nu", *(("nu_max",) if amsgrad else ())), numbers, known=known))
 
 

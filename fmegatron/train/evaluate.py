@@ -66,7 +66,7 @@ def make_evaluate(
     run = spmd(sh, on_rank)
 
     def evaluate(params: Tree, batch: Batch) -> Sums:
-        with torch.no_grad():
+        with torch.set_grad_enabled(inside_transform() and torch.is_grad_enabled()):  # as in a step
             return run(params, dict(batch))
 
     return evaluate

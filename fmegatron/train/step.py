@@ -221,7 +221,7 @@ def make_step(
     metric is not below its limit ({"loss": inf}: or not finite), leaves params and opt_state as they were, bit for bit,
     donated or not. clock: steps so far, for semisync; None reads it from the state, which waits for the step before. watch:
     kinds of statistics that the metrics hold beside (docs/monitors.md). mark: called on the host with the name of a part of
-    the step ("forward_backward", "optimizer") when it has been issued.
+    the step ("forward_backward", "optimizer") when it has been issued. Under torch.func derivatives go through it.
     """
     if donate and sh.mesh.kind == "virtual":
         raise ValueError("donate: a virtual mesh works on views of the state; use donate=False")
@@ -239,7 +239,7 @@ def make_step(
             return step_on_rank(plan, finish, here.watching(watch), state, batch, donate, limits, at, mark)
 
         run = spmd(plan.meeting.sh, on_rank)
-        with torch.no_grad():
+        with torch.set_grad_enabled(inside_transform() and torch.is_grad_enabled()):  # a derivative may go through it
             given = dict(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
             new, metrics = run(state, given, dict(limits or {}))
         return (take_over(state, new) if donate else new), metrics

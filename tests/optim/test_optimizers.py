@@ -36,6 +36,7 @@ MASK = {"embed": True, "layers": {"0": {"up": True, "norm": False}}, "norm": Fal
          optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 5, 1e-3), 0.9, 0.95, 1e-8, weight_decay=0.1, mask=MASK))),
     (optim.chain(optim.clip_by_value(0.5), optim.sgd(0.1, momentum=0.9, nesterov=True)),
      optax.chain(optax.clip(0.5), optax.sgd(0.1, 0.9, nesterov=True))),
+    (optim.adam(1e-2, eps_root=0.1), optax.adam(1e-2, 0.9, 0.95, eps_root=0.1)),
 ], ids=["adamw", "sgd"])
 def test_optax(ours, theirs):
     """With the default mask: matrices decay; norms, stacked or not, do not."""

@@ -10,6 +10,7 @@ from fmegatron import optim, tree
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virtual_mesh
 from fmegatron.testing import assert_max_traces, assert_trees_all_close, measure, variants
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.microbatches import split
 from fmegatron.train.state import init
 from fmegatron.train.step import make_step, plan_step
@@ -52,6 +53,28 @@ def test_adamw_on_any_mesh(rules, sizes, settings):
     params, _, _ = train(model(), tx, Sharding(virtual_mesh(**sizes), RULES[rules]), **settings)
     worst = max(float((params[path] - expected[path]).abs().max()) for path in expected)
     assert worst <= 1e-4 * rate
+
+
+@pytest.mark.parametrize("rules, sizes, settings", [
+    ("single", {}, {}), ("fsdp_tp_sp", {"dp": 2, "tp": 2}, {"microbatches": 2, "remat": "full"})])  # fmt: skip
+def test_a_derivative_goes_through_training(rules, sizes, settings):
+    """Of the loss after two steps by the learning rate: reverse, forward, mapped, and by differences."""
+    sh, net = Sharding(virtual_mesh(**sizes), RULES[rules]) if sizes else SINGLE, model(layers=1)
+    given = [{name: shard(sh, x, "batch seq") for name, x in batch.items()} for batch in batches(3, rows=4)]
+
+    def loss(rate):
+        tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(rate, eps_root=1e-6))
+        state, step = init(net, tx, sh, key=0, dtype=torch.float64), make_step(net, tx, sh, **settings)
+        for batch in given[:2]:
+            state, _ = step(state, batch)
+        found = make_evaluate(net, sh)(state.params, given[2])
+        return (found["ce.sum"] / found["ce.count"]).flatten()[0]
+
+    rate, near = torch.tensor(0.03, dtype=torch.float64), 1e-6
+    _, forward = torch.func.jvp(loss, (rate,), (torch.ones_like(rate),))
+    assert abs(forward - (loss(rate + near) - loss(rate - near)) / (2 * near)) < 1e-6 * abs(forward)
+    reverse = torch.vmap(torch.func.grad(loss))(torch.stack([rate, rate]))
+    assert torch.allclose(reverse, forward, rtol=1e-10)
 
 
 @pytest.mark.parametrize("variant", variants("eager", "virtual", "threads"))
