@@ -37,7 +37,7 @@ MASK = {"embed": True, "layers": {"0": {"up": True, "norm": False}}, "norm": Fal
     (optim.chain(optim.clip_by_value(0.5), optim.sgd(0.1, momentum=0.9, nesterov=True)),
      optax.chain(optax.clip(0.5), optax.sgd(0.1, 0.9, nesterov=True))),
     (optim.adam(1e-2, eps_root=0.1), optax.adam(1e-2, 0.9, 0.95, eps_root=0.1)),
-], ids=["adamw", "sgd"])
+], ids=["adamw", "sgd", "adam"])
 def test_optax(ours, theirs):
     """With the default mask: matrices decay; norms, stacked or not, do not."""
     params, grads = problem()
