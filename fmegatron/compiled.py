@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import tracing as inside
+from torch._subclasses import FakeTensor
 
 from fmegatron import tree
 from fmegatron.programs import Call, Programs, Text, foreign
@@ -50,11 +51,13 @@ class Compiled(Autograd):
             if pair is not None:
                 self.graphs[key] = pair.names, pair
                 return dict(zip(pair.names, pair(*flat), strict=True))
-        from fmegatron import inductor, tracing
+        from fmegatron import inductor
 
         if all(isinstance(graph, Pair) for _, graph in self.graphs.values()):  # the first that is compiled here
             inductor.warm_up()
-        context = tracing.cacheable()
+        from fmegatron import tracing
+
+        context = tracing.cacheable(flat)
 
         def done(traced: tracing.Traced) -> None:
             if self.programs is not None:
@@ -63,6 +66,11 @@ class Compiled(Autograd):
         self.graphs[key] = names, graph = tracing.compile_block(fn, spec, len(leaves), rest_spec, tracing.Traced(done))
         with inside(context):
             return dict(zip(names, graph(*flat), strict=True))
+
+
+def abstract(tensors: Sequence[Any]) -> bool:
+    """Whether these are abstract: a step that is compiled before it runs, see `train.ahead`."""
+    return any(isinstance(x, FakeTensor) for x in tensors)
 
 
 # -- a block found --------------------------------------------------------------------------------------------------
@@ -100,9 +108,13 @@ class Pair:
 class _Pair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: Pair, *flat: Tensor) -> tuple[Tensor, ...]:
-        made = tuple(pair.forward(list(flat)))
+        ctx.pair, ctx.device, ctx.abstract = pair, flat[0].device, None
+        if abstract(flat):
+            ctx.abstract = flat
+            made = tuple(torch.empty(kind.shape, dtype=kind.dtype, device=ctx.device) for kind in pair.outputs)
+        else:
+            made = tuple(pair.forward(list(flat)))
         out, saved = made[: len(pair.outputs)], made[len(pair.outputs) :]
-        ctx.pair, ctx.device = pair, flat[0].device
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(y for y, kind in zip(out, pair.outputs, strict=True) if kind.stride is None))
@@ -110,6 +122,8 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if ctx.abstract is not None:
+            return None, *(torch.empty_like(x) if x.requires_grad else None for x in ctx.abstract)
         args = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # the program frees what it has read
         outputs = zip(cotangents, ctx.pair.outputs, strict=True)
@@ -190,6 +204,8 @@ class Rows:
         key = (spec, *fixed, *((x.shape[x.dim() == 2 :], x.dtype, x.device) for x in tensors))
         if key not in self.graphs:
             self.graphs[key] = self._graph(f"{self.name} {key}", spec, fixed, tensors)
+        if abstract(tensors):
+            return tuple(self.fn(*args))
         return tuple(self.graphs[key]([rows, *tensors]))
 
     def _graph(self, name: str, spec: Any, fixed: list[Any], tensors: list[Tensor]) -> Call:

@@ -24,8 +24,12 @@ from torch._inductor.codecache import CacheBase, CppPythonBindingsCodeCache, tor
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
-# The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.
-INDUCTOR = {"cpp.vec_isa_ok": True}
+INDUCTOR = {
+    # The vector unit that /proc/cpuinfo names is there: no trial library, compiled once and loaded in a child in every process.
+    "cpp.vec_isa_ok": True,
+    # No line numbers for debuggers: an eighth of the C++ compiler's time. Torch 2.11 writes none.
+    **({"aot_inductor.enable_line_tables": False} if hasattr(config.aot_inductor, "enable_line_tables") else {}),
+}
 
 HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"  # precompiled by Inductor
 # What turns C++ functions, kernel0::kernel and so on, into a Python module called kernel.

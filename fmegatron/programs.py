@@ -27,6 +27,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,24 +88,31 @@ class Programs:
     def keep(self, name: str, texts: Sequence[Text], facts: Any) -> None:
         """Keep programs; `facts` is of JSON. Whoever writes the same name first wins: it is the same program."""
         folder = self.path(name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
         try:
-            for i, text in enumerate(texts):
-                (made / f"{i}.py").write_text(text.python)
-                (made / f"{i}.json").write_text(json.dumps(text.kernels))
-                if text.library is not None:
-                    shutil.copyfile(text.library, made / f"{i}.so")
-            (made / "facts.json").write_text(json.dumps({"programs": len(texts), "facts": facts}))
-            if folder.exists() and self.find(name) is None:
-                shutil.rmtree(folder)  # damaged
-            os.rename(made, folder)
-        except OSError:  # another process was first, or the disk is full: a cache may miss
-            shutil.rmtree(made, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.folder) as made:
+                write(Path(made) / "program", texts, facts)
+                if folder.exists() and self.find(name) is None:
+                    shutil.rmtree(folder)  # damaged
+                os.rename(Path(made) / "program", folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was first
+                warnings.warn(f"compiled graphs are not kept, the next start compiles them again: {error}", stacklevel=1)
+
+
+def write(folder: Path, texts: Sequence[Text], facts: Any) -> None:
+    """A new folder of programs, and facts of JSON about them."""
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.py").write_text(text.python)
+        (folder / f"{i}.json").write_text(json.dumps(text.kernels))
+        if text.library is not None:
+            shutil.copyfile(text.library, folder / f"{i}.so")
+    (folder / "facts.json").write_text(json.dumps({"programs": len(texts), "facts": facts}))
 
 
 def read(folder: Path, i: int) -> Text:
-    """The i-th program of a folder: the inverse of what `keep` writes."""
+    """The i-th program of a folder: the inverse of `write`."""
     kernels = tuple(json.loads((folder / f"{i}.json").read_text()))
     return Text((folder / f"{i}.py").read_text(), folder / f"{i}.so" if kernels else None, kernels)
 

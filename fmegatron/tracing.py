@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from functorch.compile import aot_function, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -41,10 +42,28 @@ class Traced:
             self.strides = [tuple(x.stride()) for x in inputs]
         else:
             self.results = [node.meta["val"] for node in results]
-        self.programs.append(compile_graph(gm, inputs, backward))
+        with unset_fake_temporarily():
+            self.programs.append(compile_graph(gm, inputs, backward))
         if backward:
             self.done(self)
-        return self.programs[-1]
+        return Graph(self.programs[-1], [None if node is None else node.meta["val"] for node in results])
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled graph; of abstract tensors it makes abstract tensors, and runs nothing. results: what it makes, abstract."""
+
+    program: Callable[..., Any]
+    results: list[Tensor | None]
+    _boxed_call: ClassVar[bool] = True  # takes a list, which it empties: so AOTAutograd asks
+
+    def __call__(self, args: list[Any]) -> Any:
+        if not any(isinstance(x, FakeTensor) for x in args):
+            return self.program(args)
+        args.clear()
+        like = [x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                for x in self.results]  # fmt: skip
+        return like
 
 
 def compile_block(
@@ -86,11 +105,13 @@ def compile_rows(fn: Callable[..., Any], spec: Any, fixed: list[Any], tensors: l
         return fn(*tree.unflatten(spec, [next(left) if x is None else x for x in fixed]))
 
     def abstract(x: Tensor, i: int) -> Tensor:
+        if isinstance(x, FakeTensor):  # of another mode: memory that is never touched stands for it
+            x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         sizes = [DimDynamic.DUCK if x.dim() == 2 and dim == 0 else DimDynamic.STATIC for dim in range(x.dim())]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return fake.from_tensor(x.detach(), source=ConstantSource(f"x{i}"), symbolic_context=context)
 
-    with tracing(TracingContext(fake)):
+    with unset_fake_temporarily(), tracing(TracingContext(fake)):
         inputs = [abstract(x, i) for i, x in enumerate(tensors)]
         rows = next(x.shape[0] for x in inputs if x.dim() == 2)
         gm = make_fx(flat, decomposition_table=decompositions())(rows, *inputs)
@@ -163,6 +184,6 @@ def simplify(joint: Any) -> None:
     joint.recompile()
 
 
-def cacheable() -> TracingContext:
+def cacheable(inputs: Sequence[Tensor] = ()) -> TracingContext:
     """Where graphs are compiled: Inductor asks its cache on disk only where symbolic shapes have a place; ours have none."""
-    return TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    return TracingContext(detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv()))

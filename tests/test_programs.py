@@ -102,6 +102,14 @@ def test_what_a_program_depends_on_is_in_its_name(programs, change, monkeypatch,
     assert Programs(programs.folder, "a test").path("a block") == before or change in ("threads", "matmul", "environment")
 
 
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    programs = Programs(tmp_path / "file" / "programs", "a test")
+    with pytest.warns(UserWarning, match="compiled graphs are not kept, the next start compiles them again: .*Not a directory"):
+        programs.keep("one", [], None)
+    assert programs.find("one") is None
+
+
 def test_what_is_damaged_is_not_found_and_kept_again(programs):
     text = Text("def call(args):\n    return (args[0] + 1,)", None, ())
     programs.keep("one", [text], {"n": 1})

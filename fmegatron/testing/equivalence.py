@@ -33,8 +33,9 @@ from fmegatron.testing.invariance import Measured, assert_same, measure, whole_l
 from fmegatron.train import balance
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 Form = Literal["auto", "padded", "gather", "ragged"]
 CONFIG = Config(layers=2, embed=64, heads=8, kv=2, mlp=96, vocab=64, loss_chunks=2)

@@ -26,8 +26,9 @@ from fmegatron.sharding.relayout import plan_relayout, run
 from fmegatron.sharding.shard_map import natural, rank_of, unstack_shards
 from fmegatron.sharding.sharding import NO_LAYOUT
 from fmegatron.testing.assertions import assert_trees_all_close, assert_trees_all_equal
+from fmegatron.train.planned import Plan, plan_step
 from fmegatron.train.state import Over, init_params
-from fmegatron.train.step import Plan, plan_step, value_and_grad
+from fmegatron.train.step import value_and_grad
 
 TOKENS = "batch seq"
 HEADS = "batch seq heads hd"

@@ -33,8 +33,8 @@ from fmegatron.train.explanation import Explanation, LeafRow, Staged
 from fmegatron.train.leaves import Leaf
 from fmegatron.train.lowgather import EIGHT
 from fmegatron.train.pipeline.stages import Pipeline, place_pipeline, with_stages
+from fmegatron.train.planned import Plan
 from fmegatron.train.rehearsal import Rehearsal, local_shape, rehearse
-from fmegatron.train.step import Plan
 from fmegatron.train.weights import gathered_low, node_leaves
 from fmegatron.transforms import AUTOGRAD, Autograd, Block, Derivative
 from fmegatron.tree import Tree

@@ -17,8 +17,9 @@ from fmegatron.optim import Transform
 from fmegatron.sharding import Placement, Sharding, shard, spmd
 from fmegatron.sharding.sharding import NO_LAYOUT
 from fmegatron.train.leaves import Leaf, to_optimizer
+from fmegatron.train.planned import Plan, plan_step
 from fmegatron.train.state import TrainState
-from fmegatron.train.step import Plan, plan_step, step_on_rank
+from fmegatron.train.step import step_on_rank
 from fmegatron.transforms import Autograd
 from fmegatron.tree import Tree
 
@@ -70,7 +71,7 @@ def rehearse(
         opt_state, outer = tx.init(held), plan.meeting.outer(held)
     zero = _empty((), torch.int64)
     state = TrainState(zero, params, opt_state, zero, zero, zero, outer=outer)
-    run = spmd(plan.meeting.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate or tx.host))
+    run = spmd(plan.meeting.sh, lambda here: step_on_rank(plan, finish(tx), here, state, data, donate=donate or tx.host))
 
     def step() -> None:
         with torch.no_grad():

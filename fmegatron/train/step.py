@@ -11,160 +11,39 @@ The same function runs on one device, on a mesh under torchrun, and on a virtual
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmegatron import random, tree
 from fmegatron.compiled import Compiled
-from fmegatron.kernels.launch import choose
 from fmegatron.models.model import Model
 from fmegatron.nn import watch as watching
 from fmegatron.optim import Known, Transform, fuse
 from fmegatron.optim.fuse import keep
-from fmegatron.programs import Programs
 from fmegatron.sharding import Sharding, spmd
-from fmegatron.sharding.apart import inside
-from fmegatron.sharding.bucket import Wire
-from fmegatron.split import SPLIT
+from fmegatron.train.ahead import compile_ahead
 from fmegatron.train.chain import Step, add_taps, visits, walk
 from fmegatron.train.clock import Mark, unmarked
 from fmegatron.train.gradients import Gradients
-from fmegatron.train.leaves import Leaf, add_moves, plan_leaves, to_optimizer, to_storage
-from fmegatron.train.meeting import Meeting, meeting_of, settled
-from fmegatron.train.microbatches import Batches, Parts, microbatches_of, rows_of, shards_of_batch, with_samples
+from fmegatron.train.leaves import add_moves, to_optimizer, to_storage
+from fmegatron.train.meeting import settled
+from fmegatron.train.microbatches import Batches, microbatches_of, rows_of, shards_of_batch, with_samples
 from fmegatron.train.norms import watched
 from fmegatron.train.pipeline.across import everywhere, execute, sum_shared
-from fmegatron.train.pipeline.stages import Pipeline, Placed, place_pipeline, without_pp
-from fmegatron.train.precision import PLAIN, Precision
-from fmegatron.train.remat import Remat, parse_remat
+from fmegatron.train.planned import Plan, plan_step
 from fmegatron.train.saving import steps_so_far
-from fmegatron.train.semisync import SemiSync
 from fmegatron.train.state import Over, TrainState, check_there, sum_together, take_over
 from fmegatron.train.taps import everywhere as tapped_everywhere
-from fmegatron.train.weights import ALWAYS, Reshard, Weights, parse_reshard
-from fmegatron.transforms import AUTOGRAD, FUNC, Engine, inside_transform, why_not_compile
+from fmegatron.train.weights import Weights
+from fmegatron.transforms import FUNC
 from fmegatron.tree import Tree
 
 Metrics = dict[str, Tensor]
 Limits = Mapping[str, float]  # {metric: what its size must stay below}
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a step that does not change from step to step."""
-
-    model: Model
-    sh: Sharding
-    leaves: dict[str, Leaf]
-    remat: Remat
-    microbatches: Parts = 1
-    dtype: torch.dtype | None = None
-    prefetch: int = 1
-    reshard: Reshard = ALWAYS
-    wire: Wire | None = None
-    async_tp: int = 1
-    compiled: Engine | None = None
-    placed: Placed | None = None
-    weights: tuple[tuple[str, float], ...] = ()
-    precision: Precision = PLAIN
-    skip_norm: float | None = None
-    count_zeros: bool = False
-    meeting: Meeting = field(kw_only=True)  # of replicas that go apart; its sharding is that of all ranks
-
-    @property
-    def engine(self) -> Engine:
-        """What differentiates blocks here and now."""
-        split = self.placed.schedule if self.placed is not None and self.placed.schedule.splits else None
-        if not inside_transform():
-            return self.compiled or (SPLIT if split else AUTOGRAD)
-        if split:
-            raise ValueError(f"schedule {split.name} splits backwards, a vmap cannot: use threads (mesh.threads), or 1f1b")
-        if self.compiled is not None:
-            raise ValueError("a compiled step cannot run under a torch.func transform: make it with compile=False")
-        return FUNC
-
-
-def plan_step(
-    model: Model,
-    sh: Sharding,
-    *,
-    microbatches: Parts = 1,
-    remat: str | Remat = "none",
-    compile: bool = False,
-    dtype: torch.dtype | None = None,
-    prefetch: int = 1,
-    reshard: str = "always",
-    reduce_dtype: torch.dtype | None = None,
-    sum_dtype: torch.dtype | None = None,
-    async_tp: int = 1,
-    term_weights: Mapping[str, float] | None = None,
-    pipeline: Pipeline | None = None,
-    precision: Precision = PLAIN,
-    skip_norm: float | None = None,
-    count_zeros: bool = False,
-    semisync: SemiSync | None = None,
-    kernels: Literal["reference", "triton", "auto"] = "reference",
-    programs: Programs | None = None,
-) -> Plan:
-    """Check the settings and plan every leaf's ways; ValueError in one line where something cannot be honoured.
-
-    dtype: of the computation (None: of the parameters). prefetch: blocks whose parameters are gathered ahead. reshard:
-    when gathered parameters are freed, see `parse_reshard`. reduce_dtype: in which gradients travel between ranks (None: in
-    that of the parameters); sum_dtype: in which the ranks' parts are then added (None: in the same). async_tp: chunks in
-    which a product and the gather before it, or the reduce-scatter after it, go (1: whole; on a virtual mesh always).
-    term_weights: {term: factor in the loss}, 1 where a term is not named. pipeline: its schedule says the microbatches. On a
-    mesh with an axis pp the plan's model and sharding are those of this rank's stages. precision: that of `init`. skip_norm:
-    a step whose gradient has a larger norm is skipped. count_zeros: the metric "zeros", of the gradient's elements.
-    semisync: how replicas meet that go apart (`Rules.apart`); the plan's sharding is then that of one replica. kernels,
-    programs: see docs/kernels.md, docs/startup.md.
-    """
-    precision.check(dtype, semisync is not None)
-    every, sh = sh, inside(sh)
-    policy, placed = parse_remat(remat, sh.mesh.device) if isinstance(remat, str) else remat, None
-    if pipeline is not None:
-        schedule = pipeline.schedule
-        if microbatches not in (1, schedule.microbatches):
-            raise ValueError(f"microbatches = {microbatches}, but schedule {schedule.name} has {schedule.microbatches}")
-        if compile and schedule.splits:
-            raise ValueError(f"schedule {schedule.name} splits backwards, compiled blocks cannot: use 1f1b or compile=False")
-        if policy.held is not None and schedule.splits:
-            raise ValueError(f"schedule {schedule.name} splits backwards, offload cannot: use 1f1b, or remat without offload")
-        if async_tp > 1 and schedule.splits:
-            raise ValueError(f"schedule {schedule.name} splits backwards, products in chunks cannot: use 1f1b or async_tp=1")
-        placed = place_pipeline(pipeline, model, sh.mesh)
-        model, sh, microbatches = placed.model, without_pp(sh), schedule.microbatches
-    elif sh.mesh.sizes.get("pp", 1) > 1:
-        raise ValueError(f"the mesh has pp={sh.mesh.sizes['pp']}, and no pipeline says how: give its schedule")
-    if compile and sh.mesh.stacked:
-        raise ValueError("compile: a virtual mesh runs eager; use compile=False, or processes started by torchrun")
-    if compile and (missing := why_not_compile()) is not None:
-        raise ValueError(f"compile: {missing}; use compile=False to run eager")
-    sh = replace(sh.bind(model.sizes), kernels=choose(kernels, torch.device(sh.mesh.device)))
-    sh = sh.recomputing(policy.recompute) if policy.parts else sh
-    if sum_dtype is not None and reduce_dtype is None:
-        raise ValueError(f"sum_dtype = {sum_dtype}: it is of gradients that travel in fewer bits, give reduce_dtype too")
-    wire = Wire(reduce_dtype, sum_dtype or reduce_dtype) if reduce_dtype is not None else None
-    return Plan(
-        model=model,
-        sh=sh,
-        leaves=plan_leaves(model, sh),
-        remat=policy,
-        microbatches=microbatches,
-        dtype=dtype,
-        prefetch=prefetch,
-        reshard=parse_reshard(reshard),
-        wire=wire,
-        async_tp=async_tp,
-        compiled=Compiled(programs) if compile else None,
-        placed=placed,
-        weights=tuple((term_weights or {}).items()),
-        precision=precision,
-        skip_norm=skip_norm,
-        count_zeros=count_zeros,
-        meeting=meeting_of(model, without_pp(every).bind(model.sizes), semisync),
-    )
 
 
 def value_and_grad(
@@ -236,7 +115,10 @@ def make_step(
         at = steps_so_far(state) if clock is None and plan.meeting.rule is not None else clock or 0
 
         def on_rank(here: Sharding, state: TrainState, batch: Batches, limits: Limits) -> tuple[TrainState, Metrics]:
-            return step_on_rank(plan, finish, here.watching(watch), state, batch, donate, limits, at, mark)
+            here, whole = here.watching(watch), partial(step_on_rank, plan, finish, donate=donate, clock=at)
+            if isinstance(plan.compiled, Compiled) and plan.placed is None:  # stages wait for each other's values
+                compile_ahead(plan.compiled, whole, here, state, batch, limits)
+            return whole(here, state, batch, limits, mark=mark)
 
         run = spmd(plan.meeting.sh, on_rank)
         with torch.set_grad_enabled(inside_transform() and torch.is_grad_enabled()):  # a derivative may go through it
@@ -248,8 +130,8 @@ def make_step(
 
 
 def step_on_rank(
-    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batches, donate: bool = False,
-    limits: Limits | None = None, clock: int = 0, mark: Mark = unmarked,
+    plan: Plan, finish: Callable[..., Any], sh: Sharding, state: TrainState, batch: Batches, limits: Limits | None = None,
+    *, donate: bool = False, clock: int = 0, mark: Mark = unmarked,
 ) -> tuple[TrainState, Metrics]:
     """The whole step as one rank runs it. finish: the optimizer's update, from `fuse`; clock: steps so far, for meetings."""
     model, meeting, every = plan.model, plan.meeting, sh

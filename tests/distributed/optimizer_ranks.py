@@ -11,8 +11,9 @@ from fmegatron import optim
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.sharding import RULES, SINGLE, Sharding, make_mesh, shard
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 
 def train(net, tx, sh, steps=3, **settings):

@@ -23,8 +23,9 @@ from fmegatron.train.pipeline.measure import gather, together
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.pipeline.timeline import measured
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 LEARN = optim.chain(optim.clip_by_global_norm(0.5), optim.sgd(optim.constant(0.3)))
 

@@ -17,8 +17,9 @@ from fmegatron.nn.moe import Moe
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing import assert_trees_all_close
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")

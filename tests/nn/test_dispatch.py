@@ -16,8 +16,9 @@ from fmegatron.sharding import RULES, SINGLE, Rules, Sharding, shard, spmd, thre
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
 from fmegatron.testing.formula_moe import Exchange, difference, expert_traffic
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 BLOCK = Moe(experts=8, top_k=3, mlp=8, shared=12, shared_gate=True, score="sigmoid", sequence_loss=0.1, z_loss=0.01,
             global_loss=0.3, balance_bias=True, first_dense=1)  # fmt: skip

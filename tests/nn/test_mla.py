@@ -18,8 +18,8 @@ from fmegatron.nn import attention
 from fmegatron.nn.rope import Yarn
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing import assert_mesh_invariant, assert_same, measure
+from fmegatron.train.planned import plan_step
 from fmegatron.train.remat import Remat
-from fmegatron.train.step import plan_step
 
 YARN = Yarn(factor=4.0, context=8, mscale=0.7, mscale_all=0.9)
 CONFIG = Config(layers=2, embed=16, heads=4, hd=12, rope_hd=4, v_hd=6, kv_lora=8, q_lora=10, mlp=24, vocab=29, vocab_pad=8,

@@ -17,8 +17,8 @@ from fmegatron.optim.packed import halved, joined
 from fmegatron.sharding import RULES, SINGLE, Sharding, spmd, virtual_mesh
 from fmegatron.train import saving
 from fmegatron.train.leaves import to_optimizer
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import Over, init
-from fmegatron.train.step import plan_step
 
 torch.set_num_threads(1)
 

@@ -21,8 +21,8 @@ from fmegatron.sharding.traffic import counted
 from fmegatron.testing.invariance import whole_leaves
 from fmegatron.train import saving
 from fmegatron.train.leaves import to_optimizer
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import Over, init
-from fmegatron.train.step import plan_step
 
 MODEL = gpt(Config(layers=3, embed=16, heads=4, kv=2, mlp=24, vocab=21, vocab_pad=8, tied=True, no_rope=2))
 

@@ -16,7 +16,8 @@ from fmegatron.nn.core import attend
 from fmegatron.sharding import SINGLE
 from fmegatron.testing import assert_max_traces, assert_trees_all_close
 from fmegatron.tracing import products_of_bf16
-from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.train.planned import plan_step
+from fmegatron.train.step import value_and_grad
 from fmegatron.transforms import why_not_compile
 
 torch.set_num_threads(1)

@@ -16,9 +16,10 @@ from fmegatron.sharding.shard_map import spmd
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_same, measure
 from fmegatron.testing.background import Background, Products
+from fmegatron.train.planned import plan_step
 from fmegatron.train.replicas import hash_of, make_check
 from fmegatron.train.state import init_params
-from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.train.step import value_and_grad
 
 LAYERS = 4
 

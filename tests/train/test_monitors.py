@@ -20,8 +20,9 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing.invariance import NAMES
 from fmegatron.train import metrics
 from fmegatron.train.facts import read as facts_of
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 from fmegatron.train.unigram import probabilities, with_unigram
 
 WORDS = "def add(a, b):\n    return a + b\n\n\nclass Thing:\n    value = {}\n\n"

@@ -15,9 +15,10 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, shard
 from fmegatron.sharding.mesh import thread_mesh, virtual_mesh
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.planned import plan_step
 from fmegatron.train.remat import Remat, parse_remat
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step, value_and_grad
+from fmegatron.train.step import make_step, value_and_grad
 from fmegatron.transforms import Autograd
 
 torch.set_num_threads(1)

@@ -19,8 +19,9 @@ from fmegatron.testing import assert_trees_all_close
 from fmegatron.testing.invariance import NAMES, whole_leaves
 from fmegatron.train import checkpoint, saving
 from fmegatron.train.explain import explain
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 C = Config(layers=3, embed=18, heads=3, kv=1, hd=6, mlp=22, vocab=23, qk_norm="norm")
 MODEL = gpt(C)

@@ -20,9 +20,10 @@ from fmegatron.testing.invariance import NAMES, whole_leaves
 from fmegatron.train.leaves import to_optimizer
 from fmegatron.train.pipeline.schedules import make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
+from fmegatron.train.planned import plan_step
 from fmegatron.train.precision import LossScale, Precision, constant_scale
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step, value_and_grad
+from fmegatron.train.step import make_step, value_and_grad
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,10 @@ from fmegatron.models.gpt import Config, gpt
 from fmegatron.optim import qk_clip
 from fmegatron.sharding import RULES, SINGLE, Sharding, shard, virtual_mesh
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.planned import plan_step
 from fmegatron.train.precision import Precision
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 torch.set_num_threads(1)
 THRESHOLD = 0.02

@@ -14,9 +14,10 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, abstract_mesh
 from fmegatron.testing import assert_same, measure
 from fmegatron.train import step, weights
 from fmegatron.train.chain import visits
+from fmegatron.train.planned import plan_step
 from fmegatron.train.remat import SELECTIVE, Remat, parse_remat
 from fmegatron.train.state import init_params
-from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.train.step import value_and_grad
 
 torch.set_num_threads(1)
 LAYERS = 4

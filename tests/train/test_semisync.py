@@ -13,9 +13,10 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, shard, thread_mesh, virt
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing import assert_trees_all_close, assert_trees_all_equal
 from fmegatron.testing.invariance import NAMES, whole_leaves
+from fmegatron.train.planned import plan_step
 from fmegatron.train.semisync import SemiSync, desloc_sync, moment_periods, pieces_of
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step, value_and_grad
+from fmegatron.train.step import make_step, value_and_grad
 
 torch.set_num_threads(1)
 RATE, B1, B2, EPS = 0.02, 0.9, 0.95, 1e-8

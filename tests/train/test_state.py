@@ -11,8 +11,8 @@ from fmegatron.sharding import RULES, SINGLE, Sharding, spmd, virtual_mesh
 from fmegatron.testing import assert_dtype, assert_placement, assert_trees_all_equal
 from fmegatron.testing.invariance import whole_leaves
 from fmegatron.train.leaves import to_optimizer, to_storage
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import Over, init
-from fmegatron.train.step import plan_step
 
 torch.set_num_threads(1)
 MODEL = gpt(Config(layers=3, embed=16, heads=4, kv=2, mlp=24, vocab=21, vocab_pad=8, tied=True, no_rope=2))

@@ -12,8 +12,9 @@ from fmegatron.testing import assert_max_traces, assert_trees_all_close, measure
 from fmegatron.testing.invariance import NAMES, whole_leaves
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.microbatches import split
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step
+from fmegatron.train.step import make_step
 
 torch.set_num_threads(1)
 MESHES = [

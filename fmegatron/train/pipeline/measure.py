@@ -20,7 +20,8 @@ from fmegatron.sharding import SINGLE
 from fmegatron.train.pipeline.schedule import Action, Schedule
 from fmegatron.train.pipeline.stages import Mark, Pipeline
 from fmegatron.train.pipeline.timeline import Timeline, measured, simulate
-from fmegatron.train.step import plan_step, value_and_grad
+from fmegatron.train.planned import plan_step
+from fmegatron.train.step import value_and_grad
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fmegatron.train.pipeline.measure import replay
 from fmegatron.train.pipeline.schedules import SCHEDULES, make_schedule
 from fmegatron.train.pipeline.stages import Pipeline
 from fmegatron.train.pipeline.timeline import measured
+from fmegatron.train.planned import plan_step
 from fmegatron.train.state import init
-from fmegatron.train.step import make_step, plan_step, value_and_grad
+from fmegatron.train.step import make_step, value_and_grad
 
 torch.set_num_threads(1)
 
