@@ -7,9 +7,7 @@ and nothing waits.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from fmegatron import tree
 from fmegatron.compiled import Compiled
 from fmegatron.sharding import Sharding
+from fmegatron.train.garbage import paused
 from fmegatron.tree import Tree
 
 
@@ -31,7 +30,7 @@ def compile_ahead(engine: Compiled, step: Callable[..., Any], sh: Sharding, *arg
     name, programs = name_of(sh, list(args)), engine.programs
     if programs is not None and programs.find(name) is not None:
         return
-    with collector_paused(), torch.no_grad():
+    with paused(), torch.no_grad():  # it would look through the compiler's millions of objects again and again
         from torch._subclasses import FakeTensorMode  # as much to import as the rest of torch
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -52,15 +51,3 @@ def name_of(sh: Sharding, args: Tree) -> str:
     """What a step's graphs depend on, of what it is called with."""
     leaves, spec = tree.flatten(args)
     return f"step {sorted(sh.watch)} {spec} {[(x.shape, x.stride(), x.dtype) for x in leaves if isinstance(x, Tensor)]}"
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Inside, Python's cyclic garbage collector does not run: it would go through the compiler's objects again and again."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()

@@ -19,14 +19,25 @@ YOUNG = 1  # generation: what was made since the last time; all that a process h
 
 
 @contextmanager
+def paused() -> Iterator[None]:
+    """Inside, Python does not collect by itself; afterwards it does if it did before."""
+    automatic = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if automatic:
+            gc.enable()
+
+
+@contextmanager
 def collecting(every: int) -> Iterator[Callable[[int], None]]:
     """A function to call after each step, by the step's number: it collects after the first (which compiles) and where `every`
-    divides. Python's own collection is paused meanwhile, and is as it was at the end. 0: Python collects when it likes."""
+    divides. Python's own collection is paused meanwhile. 0: Python collects when it likes."""
     if not every:
         yield lambda step: None
         return
-    automatic, fresh = gc.isenabled(), True
-    gc.disable()
+    fresh = True
 
     def collect(step: int) -> None:
         nonlocal fresh
@@ -34,8 +45,5 @@ def collecting(every: int) -> Iterator[Callable[[int], None]]:
             gc.collect(YOUNG)
         fresh = False
 
-    try:
+    with paused():
         yield collect
-    finally:
-        if automatic:
-            gc.enable()

@@ -39,7 +39,7 @@ from fmegatron.train.saving import steps_so_far
 from fmegatron.train.state import Over, TrainState, check_there, sum_together, take_over
 from fmegatron.train.taps import everywhere as tapped_everywhere
 from fmegatron.train.weights import Weights
-from fmegatron.transforms import FUNC
+from fmegatron.transforms import FUNC, inside_transform
 from fmegatron.tree import Tree
 
 Metrics = dict[str, Tensor]
