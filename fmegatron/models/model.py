@@ -216,24 +216,27 @@ def _map(fn: Callable[[Param, Any], Tensor], declare: Any, params: Any) -> Any:
 def next_token(sh: Sharding, batch: Mapping[str, Tensor]) -> Values:
     """A batch of tokens with what it lacks: labels (the next token; the last has weight 0), weights (1).
 
-    tokens, labels [batch, seq] int64; weights [batch, seq] float32. Optional, passed through: positions (else the
-    index), documents (else one a sample), order (a token's place in its sequence, else the index), sample [batch] (ids,
-    for dropout).
-    Raises ValueError where labels are missing and the sequence lies on several ranks.
+    tokens, labels [batch, seq] int64; weights [batch, seq] float32; where a label is below 0 (torch's ignore_index is -100)
+    the weight is 0. Optional, passed through: positions (else the index), documents (else one a sample), order (a token's
+    place in its sequence, else the index), sample [batch] (ids, for dropout).
+    Raises ValueError where tokens are missing, shapes differ, or labels are missing and the sequence lies on several ranks.
     """
     values = dict(batch)
+    if "tokens" not in values:
+        raise ValueError(f"the batch has no tokens [batch, seq], but {', '.join(values) or 'nothing'}")
     tokens = values["tokens"]
-    if "labels" not in values:
+    weights = values.get("weights", torch.ones_like(tokens, dtype=torch.float32))
+    if "labels" in values:
+        labels, out = values["labels"], values["labels"] < 0
+    else:
         axes = sh.placement("batch seq").of("seq")
         if axes:
             raise ValueError(f"the batch has no labels, and seq lies over mesh axes {', '.join(axes)}: add labels [batch, seq]")
-        values["labels"] = tokens.roll(-1, 1)
-        last = torch.arange(tokens.shape[1], device=tokens.device) == tokens.shape[1] - 1
-        weights = values.get("weights", torch.ones_like(tokens, dtype=torch.float32))
-        values["weights"] = torch.where(last, torch.zeros_like(weights), weights)
-    if "weights" not in values:
-        values["weights"] = torch.ones_like(tokens, dtype=torch.float32)
-    return values
+        labels, out = tokens.roll(-1, 1), torch.arange(tokens.shape[1], device=tokens.device) == tokens.shape[1] - 1
+    for name, x in (("labels", labels), ("weights", weights)):
+        if x.shape != tokens.shape:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} for tokens of shape {tuple(tokens.shape)}: one for each token")
+    return values | {"labels": labels.clamp(min=0), "weights": torch.where(out, torch.zeros_like(weights), weights)}
 
 
 def count_tokens(terms: tuple[str, ...]) -> Callable[[Sharding, Values], dict[str, Tensor]]:

@@ -89,6 +89,8 @@ def pick(sh: Sharding, x: Tensor, labels: Tensor) -> Tensor:
     labels = sh.align(labels, "batch loss_seq", within=LOGITS)  # nothing moves, unless vocab took an axis that batch has too
     if compiling():  # fuses into the passes of the logsumexp, forward and backward
         mine = torch.where(labels[..., None] == vocab, x, torch.zeros_like(x))
+    elif not sh.placement(LOGITS).of("vocab"):
+        mine = x.gather(-1, labels[..., None])  # an error where a label is beyond the vocabulary
     else:
         row = labels - vocab[0]
         here = (row >= 0) & (row < vocab.shape[0])

@@ -181,8 +181,24 @@ def test_what_a_batch_lacks():
     torch.testing.assert_close(value / count, torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()))
     assert model.counts({"tokens": tokens}) == {"ce": count}
     sh = Sharding(virtual_mesh(cp=2), RULES["tp_sp"])
-    with pytest.raises(ValueError, match="no labels, and seq lies over mesh axes cp"):
-        model.counts({"tokens": tokens}, sh)
+    for given, message in (
+        ({"tokens": tokens}, "no labels, and seq lies over mesh axes cp"),
+        ({"labels": tokens}, "no tokens"),
+        ({"tokens": tokens, "labels": tokens[:, 1:]}, r"labels of shape \(4, 7\) for tokens of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.counts(given, sh)
+
+
+def test_labels_below_zero_are_torchs_ignore_index_and_those_beyond_the_vocabulary_an_error():
+    model, data = gpt(BASE), {name: batch()[name] for name in ("tokens", "labels")}
+    params = parameters(model)
+    data["labels"][:, ::3] = -100
+    value, count = model.loss(params, data)[0]["ce"]
+    expected = torch.nn.functional.cross_entropy(model.logits(params, data["tokens"]).flatten(0, 1), data["labels"].flatten())
+    torch.testing.assert_close(value / count, expected)
+    with pytest.raises((RuntimeError, IndexError), match="out of"):
+        model.loss(params, {**data, "labels": data["tokens"] + 32})
 
 
 def test_layers_of_one_structure_are_one_run_and_one_kind_is_one_function():
