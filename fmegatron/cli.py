@@ -239,7 +239,7 @@ def _run(words: list[str], flags: dict[str, bool]) -> int:
 
 def _configured(name: str, table: toml.Table) -> config.RunConfig:
     """The run in a file or shipped, or the one that a checkpoint was written by."""
-    if not (os.path.isdir(name) or "://" in name):
+    if not (os.path.isdir(name) or "://" in name or os.path.basename(name).startswith("step-")):
         return config.load(name, table)
     from fmegatron.train import resume
     return resume.config_of(name, table)

@@ -194,6 +194,11 @@ class RunConfig:
     profile: Profile = Profile()
     local: Local = Local()
 
+    @property
+    def checkpoints(self) -> str | Path:
+        """The folder of the run's checkpoints, or the address of a bucket."""
+        return self.checkpoint.folder or self.run.folder / "checkpoints"
+
     def __post_init__(self) -> None:
         batch, parts = self.training.global_batch, self.training.microbatches
         if batch % parts:

@@ -14,7 +14,9 @@ from fmegatron.inference.decode import stream
 from fmegatron.models import Model
 from fmegatron.sharding import SINGLE
 from fmegatron.train import checkpoint, saving
-from fmegatron.train.convert import model_of
+from fmegatron.train.convert import model_of, tokenizer_of
+from fmegatron.train.remote import is_remote
+from fmegatron.train.resume import steps_of
 from fmegatron.tree import Tree
 
 
@@ -53,15 +55,15 @@ def continuations(model: Model, params: Tree, codec: tokenizers.Tokenizer, promp
 def load(source: str | Path) -> tuple[Model, Tree, tokenizers.Tokenizer]:
     """Model, parameters on one device, and tokenizer."""
     path = Path(source)
-    if not path.exists():
+    if not (path.exists() or is_remote(source)):
         raise ConfigError(f"{source}: no such folder; expected a run's folder, a checkpoint, or a Hugging Face folder")
     if (path / "config.json").is_file():
         return *models.from_hf(path), tokenizers.load(path)
-    found = checkpoint.find(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found = checkpoint.find(steps_of(str(source)))
     meta = checkpoint.read_meta(found)
     model = model_of(meta)
-    beside = found.parent.parent / "tokenizer.json"
-    where = beside if beside.is_file() else meta.get("tokenizer")
+    home = tokenizer_of(str(source), found)
+    where = home / "tokenizer.json" if home is not None else meta.get("tokenizer")
     if where is None:
         raise ConfigError(f"{found}: no tokenizer is known: put its tokenizer.json into {found.parent.parent}")
     return model, saving.load_params(found, model, SINGLE), tokenizers.load(where)

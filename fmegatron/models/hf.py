@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from fmegatron import files, tensorfile, tree
-from fmegatron.models import hf_quantized, layers
+from fmegatron.models import layers
 from fmegatron.models.gpt import gpt
 from fmegatron.models.hf_configs import config_of, describe
 from fmegatron.models.hf_entries import Entry, true_sizes
 from fmegatron.models.hf_families import ENTRIES, EXTRA, entries_of
+from fmegatron.models.hf_files import INDEX, Files, has, json_of
 from fmegatron.models.model import Model
 from fmegatron.sharding import SINGLE, Sharding
 from fmegatron.sharding.chunks import Chunks
@@ -81,68 +81,18 @@ def model_of(folder: Path, vocab_pad: int = 1) -> tuple[Model, str]:
     """The model that a folder's config.json describes, and its family."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json here, so this is not a Hugging Face model folder")
-    c = json.loads((folder / "config.json").read_text())
+    c = json_of(folder / "config.json")
     if c.get("model_type") not in ENTRIES:
         raise ValueError(f"{folder}: model_type {c.get('model_type')!r} is not supported, only {', '.join(ENTRIES)}")
-    config = replace(config_of(c), vocab_pad=vocab_pad)
-    if config.mtp and not _has(folder, f"model.layers.{config.layers}.eh_proj.weight"):
+    try:
+        config = replace(config_of(c), vocab_pad=vocab_pad)
+    except KeyError as error:
+        raise ValueError(f"{folder}: config.json lacks {error.args[0]}, which a {c['model_type']} needs") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json is not a {c['model_type']}'s: {error}") from None
+    if config.mtp and not has(folder, f"model.layers.{config.layers}.eh_proj.weight"):
         config = replace(config, mtp=0)  # transformers says that there are such modules, and saves none
     return gpt(config), c["model_type"]
-
-
-def _has(folder: Path, name: str) -> bool:
-    """Whether a tensor is among the folder's files; without weights, as the config says."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return name in json.loads(index.read_text())["weight_map"]
-    if not single.is_file():
-        return True
-    with safe_open(single, framework="pt") as file:
-        return name in file.keys()  # noqa: SIM118
-
-
-class Files:
-    """The tensors of a folder by name, read in slices when asked for; remembers which were not."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        index = folder / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: no {missing[0]} here; weights are read from safetensors files only")
-        opened = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]
-        self.folder, self.where = folder, {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-        self.unread = set(self.where)
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor; ValueError where there is none of that name."""
-        if f"{name}_blocks" in self.where:
-            experts, out, groups, _ = self.shape(f"{name}_blocks")
-            return [experts, groups * hf_quantized.GROUP, out]
-        return list(self.where[self._own(name)].get_slice(self._own(name)).get_shape())
-
-    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A box of a tensor; only its bytes are read. What is stored in few bits comes as numbers."""
-        if f"{name}_blocks" in self.where:
-            return hf_quantized.read_mxfp4(self._stored, name, slices)
-        if f"{name}_scale_inv" in self.where:
-            return hf_quantized.read_fp8(self._stored, name, slices)
-        return self._stored(name, slices)
-
-    def _stored(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        name = self._own(name)
-        return self.where[name].get_slice(name)[slices]
-
-    def known(self, name: str) -> None:
-        """Note that a tensor has its place in the model, whichever process reads it."""
-        packed = f"{name}_blocks" in self.where
-        self.unread -= {f"{name}_blocks", f"{name}_scales"} if packed else {self._own(name), f"{name}_scale_inv"}
-
-    def _own(self, name: str) -> str:
-        name = name if name in self.where else name.removeprefix("transformer.")  # GPT-2's own files have no prefix
-        if name not in self.where:
-            raise ValueError(f"{self.folder}: tensor {name} is missing from the weights")
-        return name
 
 
 def fill(path: str, chunks: Chunks, family: str, tensors: Files, model: Model) -> None:
@@ -238,7 +188,7 @@ def write_hf(
             total = sum(x.nbytes for x in theirs.values())
             where = {tensor: name for name, part in parts.items() for tensor in part}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (new / INDEX).write_text(json.dumps(index, indent=2))
         (new / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
         for file in extra:
             shutil.copyfile(file, new / file.name)

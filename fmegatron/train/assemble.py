@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fmegatron import toml, tree
-from fmegatron.config import Checkpoint, Run, RunConfig
+from fmegatron.config import Checkpoint, ConfigError, Run, RunConfig
 from fmegatron.config.faults import Local
 from fmegatron.config.monitors import Log, Profile
 from fmegatron.data.place import reading, shards_of
@@ -17,7 +18,7 @@ from fmegatron.data.share import Share, share_of
 from fmegatron.models import Model
 from fmegatron.programs import Programs
 from fmegatron.sharding import Mesh, Sharding
-from fmegatron.train import graphs, setup, setup_batch, setup_precision
+from fmegatron.train import checkpoint, graphs, setup, setup_batch, setup_precision
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
@@ -62,7 +63,7 @@ class Parts:
     @property
     def checkpoints(self) -> str | Path:
         """The folder of checkpoints, or the address of a bucket."""
-        return checkpoints_of(self.config)
+        return self.config.checkpoints
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -99,6 +100,8 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     """All of a run but its state. Raises ValueError (one line) for what cannot be done."""
     first = mesh.rank in (None, 0)
     say: setup.Say = (lambda text: print(text, flush=True)) if first else (lambda text: None)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # a worker that is started again goes on
+        c = replace(c, run=replace(c.run, fresh=False))
     folder = c.run.folder
     sh, semisync = setup.sharding_of(c, mesh), setup.semisync_of(c)
     setup.check_batch(c, shards_of(sh))
@@ -161,7 +164,7 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
         own=own,
         own_sh=own_sh,
         placed=placed,
-        start=Resume(c.checkpoint, checkpoints_of(c), own, own_sh, start, plain, say, local),
+        start=Resume(c.checkpoint, c.checkpoints, own, own_sh, start, plain, say, local),
         plain=plain,
         step=step,
         compiled=compiled,
@@ -182,21 +185,19 @@ def programs_of(c: RunConfig, model: Model, mesh: Mesh, term_weights: Mapping[st
 
 
 def _prepare(c: RunConfig, folder: Path, source: Source) -> None:
-    """The run's folder, with its configuration and its tokenizer; emptied of a run's files where it starts over."""
+    """The run's folder, with its tokenizer; emptied of a run's files where it starts over."""
+    there = checkpoint.latest(c.checkpoint.folder) if c.run.fresh and c.checkpoint.folder else None
+    if there is not None:
+        raise ConfigError(f"run.fresh: {c.checkpoint.folder} holds checkpoints, up to {there.name}: delete them, or name "
+                          "another checkpoint.folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name in OURS if c.run.fresh else ():
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / "config.toml").write_text(toml.dumps(replace(c, run=replace(c.run, fresh=False))), encoding="utf-8")
     tokenizer = Path(tokenizer_file(source) or "")
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-
-
-def checkpoints_of(c: RunConfig) -> str | Path:
-    """The folder of a run's checkpoints, or the address of a bucket."""
-    return c.checkpoint.folder or c.run.folder / "checkpoints"
 
 
 def _json(value: Any) -> Any:

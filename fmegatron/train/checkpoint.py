@@ -144,7 +144,7 @@ def load(path: AnyPath, wanted: Mapping[str, Chunks], *, verify: bool = True, gr
     for line in said:
         warnings.warn(line, stacklevel=2)
     if found is None:
-        raise ValueError(f"no checkpoint in {path}: it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}")
+        raise ValueError(none_in(path))
     store = place_of(found).open()
     together(lambda: check_wanted(found, store, wanted), lambda _: None, group)
     together(lambda: fill(store, wanted), lambda _: None, group)
@@ -214,15 +214,20 @@ def fill(store: Store, wanted: Mapping[str, Chunks]) -> None:
     """Fill pieces from the boxes that a store holds of them."""
     with store.reading() as read:
         for key, chunks in wanted.items():
-            filled = 0
-            here = [(box, piece.detach()) for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)]
-            for saved in store.tensors[key].boxes:
-                for box, piece in here:
-                    common = overlap(saved, box)
-                    if common is not None:
-                        piece[inside(common, box[0])].copy_(read(key, saved, common))
-                        filled += math.prod(common[1])
-            assert filled == sum(piece.numel() for _, piece in chunks.pieces), f"{key}: the saved boxes leave holes"
+            fill_one(store, read, key, chunks)
+
+
+def fill_one(store: Store, read: manifest.Read, key: str, chunks: Chunks) -> None:
+    """Fill one tensor's pieces; `read` is what `store.reading` gives."""
+    filled = 0
+    here = [(box, piece.detach()) for box, (_, piece) in zip(chunks.boxes(key), chunks.pieces, strict=True)]
+    for saved in store.tensors[key].boxes:
+        for box, piece in here:
+            common = overlap(saved, box)
+            if common is not None:
+                piece[inside(common, box[0])].copy_(read(key, saved, common))
+                filled += math.prod(common[1])
+    assert filled == sum(piece.numel() for _, piece in chunks.pieces), f"{key}: the saved boxes leave holes"
 
 
 def tensors(path: AnyPath) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -246,8 +251,16 @@ def find(path: AnyPath) -> Any:
     place = place_of(path)
     found = place.address() if place.is_checkpoint() else latest(path)
     if found is None:
-        raise ValueError(f"no checkpoint in {path}: it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}")
+        raise ValueError(none_in(path))
     return found
+
+
+def none_in(path: AnyPath) -> str:
+    """The line that says that no checkpoint is there, and which is near."""
+    above = place_of(path).address().parent
+    near = latest(above) if str(path).rstrip("/").rpartition("/")[2].startswith("step-") else None
+    found = f"it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}"
+    return f"no checkpoint in {path}: {found if near is None else f'the last one beside it is {near.name}'}"
 
 
 def latest(folder: AnyPath) -> Any:

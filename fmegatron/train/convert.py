@@ -8,9 +8,9 @@ ever held whole but the one that is written to `checkpoint`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,15 @@ from fmegatron import config as configs
 from fmegatron import files, models, toml
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Config, Model, hf, layers
+from fmegatron.models.hf_files import json_of
 from fmegatron.nn.moe import experts_of
 from fmegatron.nn.rope import scaling_of
 from fmegatron.sharding import SINGLE
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, megatron, saving
-from fmegatron.train.manifest import Manifest, Store
+from fmegatron.train.manifest import Manifest, Read, Store
+from fmegatron.train.remote import is_remote
+from fmegatron.train.resume import steps_of
 from fmegatron.train.steps import step_of
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -58,9 +61,12 @@ def convert(
     dtype: fp32, bf16, fp16; None: as it is. config: Megatron-LM's flags, where the source is its checkpoint.
     Raises ValueError in one line for a source of no known form, and where the target cannot say what the model is.
     """
+    with ExitStack() as stack:
+        return _write(open_source(source, stack, config), source, Path(target), to, dtype, file_bytes)
+
+
+def _write(opened: Source, source: str, folder: Path, to: str, dtype: str | None, file_bytes: int) -> Path:
     cast = saving.DTYPES[dtype] if dtype else None
-    opened = open_source(source, config)
-    folder = Path(target)
     if to == "hf":
         beside = [opened.tokenizer / name for name in TOKENIZER] if opened.tokenizer else []
         extra = [file for file in beside if file.is_file()]
@@ -74,10 +80,10 @@ def convert(
     return folder
 
 
-def open_source(source: str, config: str | None = None) -> Source:
-    """A run's folder, a checkpoint, a Hugging Face folder, or a Megatron-LM checkpoint."""
+def open_source(source: str, stack: ExitStack, config: str | None = None) -> Source:
+    """A run's folder, a checkpoint, a Hugging Face folder, or a Megatron-LM checkpoint; read until `stack` closes."""
     path = Path(source)
-    if not path.exists():
+    if not (path.exists() or is_remote(source)):
         raise ConfigError(f"{source}: no such folder")
     if (path / "config.json").is_file():
         model, params = models.from_hf(path, dtype=_dtype_of(path))
@@ -87,29 +93,34 @@ def open_source(source: str, config: str | None = None) -> Source:
         return Source(model, {name: (dtype, make) for name, make in read.items()}, tokenizer=beside)
     if megatron.is_megatron(path):
         return Source(*megatron.open_model(path, config))
-    found, said = checkpoint.newest_good(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found, said = checkpoint.newest_good(steps_of(source))
     for line in said:
         print(line)
     if found is None:
         raise ConfigError(f"{source}: neither a run, a checkpoint, a Hugging Face folder nor a Megatron-LM checkpoint")
     store = checkpoint.place_of(found).open()
-    held = {key.removeprefix("params."): partial(_read, store, key) for key in store.tensors if key.startswith("params.")}
-    leaves = {path: (store.tensors[f"params.{path}"].dtype, read) for path, read in held.items()}
-    run = Path(found).parent.parent
-    tokenizer = run if (run / "tokenizer.json").is_file() else None
+    boxes = stack.enter_context(store.reading())  # once: files of a bucket are fetched when the first of their tensors is
+    params = [key for key in store.tensors if key.startswith("params.")]
+    leaves = {key.removeprefix("params."): (store.tensors[key].dtype, partial(_read, store, boxes, key)) for key in params}
     step = store.step if isinstance(store, Manifest) else step_of(found.name)  # whatever its folder is called
-    return Source(model_of(store.meta), leaves, step or 0, tokenizer)
+    return Source(model_of(store.meta), leaves, step or 0, tokenizer_of(source, found))
 
 
-def _read(store: Store, key: str) -> Tensor:
+def tokenizer_of(source: str, found: checkpoint.Address) -> Path | None:
+    """The folder that holds the tokenizer.json of a checkpoint that was found at `source`: its run's."""
+    homes = [Path(source)] if is_remote(found) else [Path(source), Path(found).parent.parent]
+    return next((home for home in homes if (home / "tokenizer.json").is_file()), None)
+
+
+def _read(store: Store, read: Read, key: str) -> Tensor:
     stored = store.tensors[key]
     x = torch.empty(stored.shape, dtype=stored.dtype)
-    checkpoint.fill(store, {key: whole(x)})
+    checkpoint.fill_one(store, read, key, whole(x))
     return x
 
 
 def _dtype_of(path: Path) -> torch.dtype:
-    said = json.loads((path / "config.json").read_text())
+    said = json_of(path / "config.json")
     dtype = getattr(torch, str(said.get("dtype") or said.get("torch_dtype") or "float32").removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

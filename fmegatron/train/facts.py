@@ -7,7 +7,6 @@ import os
 import platform
 import socket
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,10 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     return found | {"command": " ".join(sys.argv)}
 
 
-def begin(folder: Path, **said: Any) -> None:
-    """Note that a session of the run in `folder` begins now. said: of the model and the mesh, as JSON has it."""
+def begin(folder: Path, started: float, **said: Any) -> None:
+    """Note that a session of the run in `folder` began at that time. said: of the model and the mesh, as JSON has it."""
     old = read(folder)
-    sessions = [*old.get("sessions", []), {"started": time.time(), "steps": _done(folder)}]
+    sessions = [*old.get("sessions", []), {"started": started, "steps": _done(folder)}]
     text = json.dumps({"started": sessions[0]["started"], "sessions": sessions, **said}, indent=1)
     write_atomically(folder / NAME, text + "\n")
 

@@ -12,6 +12,7 @@ The same run with the same folder goes on from its last checkpoint. Only the fir
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fmegatron import toml
 from fmegatron.config import RunConfig
 from fmegatron.data.batches import batches
+from fmegatron.files import write_atomically
 from fmegatron.train import balance, checkpoint, facts, saving, setup
 from fmegatron.train.assemble import Parts, assemble
 from fmegatron.train.book import Book, Feed
@@ -54,11 +57,13 @@ def run(config: RunConfig, sample: Sampler | None = None) -> None:
         stack.enter_context(setup.deterministic(config.training.deterministic))
         parts = assemble(config, mesh := watched(mesh, config, launches))
         parts.say(parts.describe())
-        if parts.first:
-            facts.begin(parts.folder, **parts.facts)
+        started = time.time()
         meter = Meter(parts.config.monitors, parts.step, mesh.device)
         guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, pulse, launches, meter, parts.say))
         state, meta = parts.start()
+        if parts.first:  # a command that cannot go on with what is here has left it as it was
+            write_atomically(parts.folder / "config.toml", toml.dumps(parts.config))
+            facts.begin(parts.folder, started, **parts.facts)
         guard.watch = from_json(meta.get("watch"))
         state, end = train(parts, guard, meter, state)
         while end == "rollback":

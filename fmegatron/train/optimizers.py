@@ -224,8 +224,10 @@ def resumed(c: RunConfig) -> RunConfig:
     """The run with the schedule that optimizer.on_resume asks for, where there is a checkpoint to go on from."""
     if c.run.fresh or c.optimizer.on_resume == "override":
         return c
-    found = checkpoint.latest(c.run.folder / "checkpoints") or c.checkpoint.resume
-    return follow(c, checkpoint.read_meta(found).get("config")) if found else c
+    found, _ = checkpoint.newest_good(c.checkpoints, verify=False)
+    if found is None and c.checkpoint.resume and c.checkpoint.load == "state":
+        found, _ = checkpoint.newest_good(c.checkpoint.resume, verify=False)
+    return follow(c, checkpoint.read_meta(found).get("config")) if found is not None else c
 
 
 def follow(c: RunConfig, saved: str | None) -> RunConfig:

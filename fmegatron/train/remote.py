@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from fmegatron.train.manifest import NAME, Manifest, loads
 from fmegatron.train.steps import step_of, superseded
 
 PIECE = 1 << 24  # bytes read back at a time
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Url(str):
@@ -51,9 +54,28 @@ def is_remote(path: object) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def told(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of which the storage's own errors (no credentials, no answer, no bucket) become one that names the address."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            address = str(getattr(args[0], "url", ""))
+            if type(error).__module__ == "builtins" and (not isinstance(error, OSError) or address in str(error)):
+                raise
+            raise OSError(f"{address}: {str(error) or type(error).__name__}") from error
+
+    return call
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """A folder of steps, or one step, under an address. ImportError in one line where the storage's package is missing."""
+    """A folder of steps, or one step, under an address. ImportError in one line where the storage's package is missing.
+
+    Whatever the storage's client raises becomes an OSError that names the address.
+    """
 
     url: Url
 
@@ -65,18 +87,26 @@ class Bucket:
         try:
             fs, _ = fsspec.core.url_to_fs(str(self.url), use_listings_cache=False)
         except ImportError as error:
-            raise ImportError(f"{self.url}: {error}: pip install fmegatron[s3]") from None
+            more = ": pip install fmegatron[s3]" if self.url.startswith("s3") else ""
+            raise ImportError(f"{self.url}: {error}{more}") from None
+        except ValueError as error:  # no such protocol
+            raise ValueError(f"{self.url}: {error}; an address is s3://bucket/folder") from None
         return fs
 
     # -- read -------------------------------------------------------------------------------------------------------
+    @told
     def is_checkpoint(self) -> bool:
         """Whether this is a step's address."""
         return bool(self.fs.isfile(self.url / NAME))
 
+    @told
     def candidates(self) -> list[Url]:
         """Steps, best first: the one that the marker names, then earlier ones, then later ones; some may be half-written."""
         fs = self.fs
         if not fs.isdir(self.url):
+            bucket = str(self.url).partition("://")[2].partition("/")[0]
+            if bucket and not fs.exists(bucket):  # told before the first step is run, not when it is to be saved
+                raise OSError(f"{self.url}: there is no bucket {bucket}")
             return []
         names = sorted((path.rstrip("/").rpartition("/")[2] for path in fs.ls(self.url, detail=False)), reverse=True)
         steps = [name for name in names if step_of(name) is not None]
@@ -84,6 +114,7 @@ class Bucket:
         first = [name for name in steps if name == marker] + [name for name in steps if name < marker]
         return [self.url / name for name in first + [name for name in steps if name not in first]]
 
+    @told
     def open(self) -> RemoteStore:
         """The checkpoint at this address; ValueError where it is none or damaged."""
         fs = self.fs
@@ -97,10 +128,12 @@ class Bucket:
         """Where the checkpoint of a step lies; None: here."""
         return self.url if step is None else self.url / f"step-{step:08d}"
 
+    @told
     def prepare(self, step: int) -> None:
         """Clear away a step of the same number: first its manifest, so that it is no checkpoint any more."""
         self._delete(self.address(step))
 
+    @told
     def write(self, step: int, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
         """Upload one rank's file; its bytes and sha256."""
         with tempfile.TemporaryDirectory(prefix="fmegatron-") as folder:
@@ -109,6 +142,7 @@ class Bucket:
             self.fs.put_file(str(file), self.address(step) / name)
             return file.stat().st_size, digest
 
+    @told
     def publish(self, step: int, text: str, keep: int, keep_every: int) -> None:
         """The manifest; then read all back; then the marker; then delete what is superseded."""
         final = self.address(step)
@@ -121,6 +155,7 @@ class Bucket:
         for name in superseded(there, final.name, keep, keep_every):
             self._delete(self.url / name)
 
+    @told
     def discard(self, step: int) -> None:
         """Delete a step that failed."""
         self._delete(self.address(step))

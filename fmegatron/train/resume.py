@@ -81,21 +81,50 @@ class Resume:
             )
 
 
+def steps_of(source: str) -> Path | remote.Url:
+    """Where the steps lie that a run's folder means; an address, a folder of steps or one step is itself."""
+    if remote.is_remote(source):
+        return remote.Url(source)
+    path = Path(source)
+    settings = path / "config.toml"
+    said = toml.read(settings).get("checkpoint", {}).get("folder") if settings.is_file() else None
+    inner = path / "checkpoints"
+    return (remote.Url(said) if remote.is_remote(said) else Path(said)) if said else inner if inner.is_dir() else path
+
+
 def config_of(source: str, table: toml.Table) -> RunConfig:
     """The configuration that a checkpoint, or a run's folder, was written with; `table` (the command line) over it.
 
-    One step goes on in the folder of its run only where it is the last one: elsewhere --run.dir names a new one.
+    The run goes on in the folder where it lies, from its last step; from another step, --run.dir names a new one. Raises
+    ConfigError where the run would not start from what `source` names.
     """
-    path = Path(source)
-    inner = path / "checkpoints"
-    found = checkpoint.find(inner if not remote.is_remote(source) and inner.is_dir() else source)
+    steps = steps_of(source)
+    found, _ = checkpoint.newest_good(steps, verify=False)
+    found = checkpoint.find(steps) if found is None else found
     text = checkpoint.read_meta(found).get("config")
     if not text:
         raise ConfigError(f"{found} says no configuration: name a file, and --checkpoint.resume {found}")
     run = toml.update(RunConfig(), toml.loads(text, {}), str(found))
+    home = found.parent.parent
+    if not remote.is_remote(found) and found.parent.name == "checkpoints" and (Path(home) / "config.toml").is_file():
+        run = toml.update(run, {"run": {"dir": str(home)}}, str(found)) if "name" not in table.get("run", {}) else run
     run = toml.update(run, table, "command line")
-    last = checkpoint.latest(found.parent)
-    if Path(found).resolve().parent == (run.run.folder / "checkpoints").resolve() and found != last:
-        raise ConfigError(f"{found} is not the last of its run: name a new --run.dir to branch off from it")
-    own = {} if run.checkpoint.resume and "resume" in table.get("checkpoint", {}) else {"resume": str(found)}
-    return toml.update(run, {"checkpoint": own}, str(found))
+    if "resume" in table.get("checkpoint", {}):
+        return run
+    own, _ = checkpoint.newest_good(run.checkpoints, verify=False)
+    if own is not None and _where(own) != _where(found) and not _branch(own, found):
+        new = "--checkpoint.folder" if run.checkpoint.folder else "--run.dir"
+        line = f"{found} is not the last of its run: name a new {new} to branch off from it"
+        if _where(own.parent) != _where(found.parent):
+            line = f"{run.checkpoints} has steps of its own, the last is {own.name}: name a new {new} to start from {found}"
+        raise ConfigError(line)
+    return toml.update(run, {"checkpoint": {"resume": str(found)}}, str(found))
+
+
+def _where(address: checkpoint.Address) -> str:
+    return address.rstrip("/") if isinstance(address, remote.Url) else str(Path(address).resolve())
+
+
+def _branch(own: checkpoint.Address, found: checkpoint.Address) -> bool:
+    """Whether a run's own checkpoint is of a run that began from this one: the same command again."""
+    return toml.loads(checkpoint.read_meta(own).get("config") or "", {}).get("checkpoint", {}).get("resume") == str(found)

@@ -168,6 +168,22 @@ def test_errors_name_what_is_wrong(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
         from_hf(tmp_path)
+    file, single, index = (tmp_path / name for name in ("config.json", "model.safetensors", "model.safetensors.index.json"))
+    good = file.read_text()
+    for hurt, text, message in (
+        (file, good[:90], "config.json is damaged: "),
+        (file, "[]", "config.json is damaged: it holds no table"),
+        (file, json.dumps({k: v for k, v in config.items() if k != "hidden_size"}), "config.json lacks hidden_size"),
+        (file, json.dumps(config | {"rope_parameters": 3}), "config.json is not a llama's: "),
+        (single, "", "model.safetensors is damaged: "),
+        (index, '{"metadata":', "index.json is damaged: "),
+        (index, '{"metadata": {}}', "index.json is damaged: it holds no weight_map"),
+    ):
+        hurt.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            from_hf(tmp_path)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+        file.write_text(good)
 
 
 # -- out ------------------------------------------------------------------------------------------------------------

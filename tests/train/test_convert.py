@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def mega(tmp_path_factory):
 def test_what_megatron_writes_is_read(kind, mega, tmp_path):
     (tmp_path / "flags").write_text(FLAGS[kind])
     with pytest.raises(ValueError, match="give Megatron-LM's flags with --config FILE"):
-        convert.open_source(str(mega / kind))
+        convert.open_source(str(mega / kind), ExitStack())
     words = ["convert", str(mega / kind), "--to", "checkpoint", str(tmp_path / "ours"), "--config", str(tmp_path / "flags")]
     assert cli.main(words) == 0
     found = checkpoint.find(tmp_path / "ours" / "checkpoints")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from fmegatron import cli
 from fmegatron.train import checkpoint, remote, saver
 from fmegatron.train.checkpoint import Chunks, latest, load, newest_good, read_meta, save, whole
 from fmegatron.train.remote import Bucket, Url
@@ -113,3 +114,52 @@ def test_no_checkpoint_and_no_bucket(url):
     assert newest_good(f"{url}/none") == (None, [])
     with pytest.raises(ValueError, match="no checkpoint in s3://"):
         get(f"{url}/none")
+
+
+def test_a_run_in_object_storage(url, functions, tmp_path, capsys):
+    """To its end, with the text that it writes; converted from there; what the storage refuses is one line before any step."""
+    sizes = {"layers": 2, "embed": 16, "heads": 4, "kv": 2, "mlp": 24, "vocab": 264, "context": 64}
+    more = {"data.source": functions / "train", "data.tokenizer": "byte", "data.seq": 16, "training.steps": 2}
+    more |= {f"model.overrides.{key}": value for key, value in sizes.items()} | {"checkpoint.interval": 1}
+    words = ["train", "debug", *(f"--{key}={value}" for key, value in more.items())]
+    assert cli.main([*words, f"--run.dir={tmp_path / 'run'}", f"--checkpoint.folder={url}"]) == 0
+    assert (tmp_path / "run/sample.txt").is_file()
+    fetched, get_file = [], remote.RemoteStore._fetch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote.RemoteStore, "_fetch", lambda *given: (fetched.append(given[1]), get_file(*given)))
+        assert cli.main(["convert", url, str(tmp_path / "hf")]) == 0
+    assert fetched == ["rank-00000.safetensors"] and (tmp_path / "hf/model.safetensors").is_file()  # once, not once a tensor
+    capsys.readouterr()
+    bucket, _, rest = url.removeprefix("s3://").partition("/")
+    for command, said in (
+        ([*words, f"--checkpoint.folder={url}", "--run.fresh=true"], f"run.fresh: {url} holds checkpoints, up to step-"),
+        ([*words, f"--checkpoint.folder=s3://no{bucket}/x"], f"s3://no{bucket}/x: there is no bucket no{bucket}"),
+        ([*words, "--checkpoint.folder=s4://x/y"], "s4://x/y: Protocol not known: s4; an address is s3://bucket/folder"),
+        ([*words, f"--checkpoint.resume={url}/step-00000007"], "step-00000007: the last one beside it is step-00000002"),
+        (["train", f"{url}/step-00000001"], f"{url}/step-00000001 is not the last of its run: name a new --checkpoint.folder"),
+    ):
+        assert cli.main([*command, *([] if "run.dir" in str(command) else [f"--run.dir={tmp_path / 'other'}"])]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+    assert not (tmp_path / "other/metrics.jsonl").exists() and not (tmp_path / "other/config.toml").exists()
+
+
+def test_what_the_storages_client_raises_names_the_address():
+    from botocore.exceptions import NoCredentialsError
+
+    class Client:
+        url = "s3://b/run"
+
+    def fails(error):
+        def method(self):
+            raise error
+        return remote.told(method)
+
+    for error, said in ((NoCredentialsError(), "s3://b/run: Unable to locate credentials"),
+                        (OSError("no such bucket"), "s3://b/run: no such bucket")):
+        with pytest.raises(OSError, match=said):
+            fails(error)(Client())
+    for error in (ValueError("s"), OSError("s3://b/run is not what was written"), KeyError("x")):
+        with pytest.raises(type(error)) as raised:
+            fails(error)(Client())
+        assert raised.value is error
