@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmegatron.compiled import abstract
 from fmegatron.kernels.adamw import Adam, Kind, Leaf, adamw
 from fmegatron.kernels.launch import Form
 from fmegatron.optim.base import Tree
@@ -105,6 +106,8 @@ class Operator:
 
     def __call__(self, leaves: Sequence[Given]) -> None:
         """Update them in place: at once those with the same numbers, by pieces those whose gradients are scaled or narrow."""
+        if abstract([given.vector for given in leaves]):
+            return  # there is nothing to compile, and no value to read
         alike: dict[int, list[Given]] = {}
         for given in leaves:
             alike.setdefault(id(given.vector), []).append(given)

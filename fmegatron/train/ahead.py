@@ -31,18 +31,21 @@ def compile_ahead(engine: Compiled, step: Callable[..., Any], sh: Sharding, *arg
     if programs is not None and programs.find(name) is not None:
         return
     with paused(), torch.no_grad():  # it would look through the compiler's millions of objects again and again
-        from torch._subclasses import FakeTensorMode  # as much to import as the rest of torch
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # as much to import as all of sympy
 
-        mode = FakeTensorMode(shape_env=ShapeEnv())
+        mode = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False))
 
         def abstract(x: Any) -> Any:
             return mode.from_tensor(x.detach(), static_shapes=True) if isinstance(x, Tensor) else x
 
         here = sh if sh.rank is None else sh.at(abstract(sh.rank))
         given = [tree.map(abstract, x) for x in args]
-        with mode:
-            step(here, *given)
+        try:
+            with mode:
+                step(here, *given)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass  # an optimizer that reads a value, which nothing has here: what comes after it is compiled when it runs
     if programs is not None:
         programs.keep(name, [], None)
 

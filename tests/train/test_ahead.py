@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmegatron import inductor, optim
+from fmegatron import inductor, optim, tree
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.programs import Programs
 from fmegatron.sharding import SINGLE
@@ -43,3 +43,24 @@ def test_all_graphs_are_under_way_before_the_first_is_waited_for(monkeypatch, tm
 
     monkeypatch.setattr(ahead, "paused", None)  # a second start compiles nothing ahead
     assert_trees_all_close(two_steps(compile=True, remat="full", programs=programs), compiled, 0.0)
+
+
+@pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
+@pytest.mark.parametrize("kind", ["operator", "reads a value"])
+def test_optimizers_that_read_values_run(kind):
+    model, adam = gpt(Config(layers=1, embed=8, heads=1, mlp=8, vocab=12)), optim.adamw(1e-2)
+
+    def reading(grads, state, params, **options):
+        assert isinstance(sum(float(g.sum()) for g in tree.leaves(grads)), float)
+        return adam.update(grads, state, params, **options)
+
+    tx = adam if kind == "operator" else optim.Transform(adam.init, reading)
+    batch = {"tokens": torch.arange(16).reshape(2, 8) % 12}
+    made = []
+    for compile in (True, False):
+        step = make_step(model, tx, SINGLE, compile=compile, donate=True)
+        state = init(model, tx, SINGLE, 0, dtype=torch.float64)
+        for _ in range(2):
+            state, _ = step(state, batch)
+        made.append(state.params)
+    assert_trees_all_close(made[0], made[1], 1e-10)
