@@ -30,7 +30,7 @@ def test_all_graphs_are_under_way_before_the_first_is_waited_for(monkeypatch, tm
     monkeypatch.setattr(inductor.Kernels, "_first", noted("wait", inductor.Kernels._first))
 
     def two_steps(**settings):
-        step, state = make_step(model, tx, SINGLE, **settings), init(model, tx, SINGLE, 0, dtype=torch.float64)
+        step, state = make_step(model, tx, SINGLE, **settings), init(model, tx, SINGLE)
         for _ in range(2):
             state, metrics = step(state, batch)
         return state.params, metrics["loss"], metrics["grad_norm"]
@@ -39,7 +39,7 @@ def test_all_graphs_are_under_way_before_the_first_is_waited_for(monkeypatch, tm
     builds = events.count("build")
     assert builds == 5  # the layer's and the loss's forward and backward, the optimizer
     assert events[:builds] == ["build"] * builds
-    assert_trees_all_close(compiled, two_steps(), 1e-10)
+    assert_trees_all_close(compiled, two_steps(), 1e-5)
 
     monkeypatch.setattr(ahead, "paused", None)  # a second start compiles nothing ahead
     assert_trees_all_close(two_steps(compile=True, remat="full", programs=programs), compiled, 0.0)
