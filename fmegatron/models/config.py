@@ -116,6 +116,7 @@ class Config:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
         if self.kv_lora is not None:
             self._check_latent()
+        self._check_used()
         if self.mtp and self.positions == "learned":
             raise ValueError(f"mtp = {self.mtp} with learned positions: a layer that looks ahead has none, use rope")
 
@@ -130,6 +131,25 @@ class Config:
         for name, value in plain.items():
             if getattr(self, name) not in (value, self.heads if name == "kv" else value):
                 raise ValueError(f"{name} = {getattr(self, name)!r} is of plain attention: leave it out with kv_lora")
+
+    def _check_used(self) -> None:
+        """ValueError where an option does nothing without another."""
+        needs = {
+            "rope_base rope_window_base rope_fraction rope_interleaved rope_interpolation rope_scaling": (
+                self.positions == "rope", "positions = rope"),
+            "no_rope": (self.positions == "rope" or not any(chosen(self.no_rope, i) for i in range(self.layers)),
+                        "positions = rope"),
+            "rope_window_base": (self.window is not None, "a window"),
+            "no_window": (self.window is not None or not isinstance(self.no_window, int), "a window"),
+            "norm_bias": (self.norm == "layer", "norm = layer"),
+            "q_lora rope_hd v_hd": (self.kv_lora is not None, "latent attention: kv_lora"),
+            "qk_clip_alpha": (self.qk_clip is not None, "qk_clip"),
+            "mtp_weight": (self.mtp, "mtp, modules that look ahead"),
+        }  # fmt: skip
+        for names, (met, words) in needs.items():
+            for name in () if met else names.split():
+                if (value := getattr(self, name)) != getattr(Config, name):
+                    raise ValueError(f"{name} = {value} does nothing here: it needs {words}")
 
     @property
     def sizes(self) -> dict[str, int | Size]:

@@ -49,6 +49,10 @@ class Moe(Router):
             raise ValueError(f"moe.drop = {self.drop!r}: it is one of probs, position")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate without shared experts: give their width, shared")
+        if self.drop != "probs" and self.capacity is None:
+            raise ValueError(f"moe.drop = {self.drop} without capacity: nothing is dropped, give a factor like 1.25")
+        if self.first_dense and not isinstance(self.layers, int):
+            raise ValueError(f"moe.first_dense = {self.first_dense} and a flag for each layer in moe.layers: drop one")
         if self.capacity is not None and self.capacity <= 0:
             raise ValueError(f"capacity = {self.capacity}: it is a factor of the even share, like 1.25")
 

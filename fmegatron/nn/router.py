@@ -84,6 +84,10 @@ class Router:
             raise ValueError(f"moe.jitter = {self.jitter}: inputs are multiplied by 1 - jitter at least, so it is 0 to below 1")
         if self.top_k == 1 and self.normalize and not self.sinkhorn:
             raise ValueError("top_k = 1 with normalize: every weight would be one, without a gradient; set normalize = false")
+        if self.bias_rate != Router.bias_rate and not self.balance_bias:
+            raise ValueError(f"moe.bias_rate = {self.bias_rate} without balance_bias, which it moves: set balance_bias = true")
+        if self.groups == 1 and (self.group_top_k != 1 or self.group_best is not None):
+            raise ValueError("moe.group_top_k, group_best without groups: give their number, groups")
         if self.global_average and not self.global_loss:
             raise ValueError("global_average without global_loss: it is of that loss, give its coefficient")
         if self.sinkhorn and (self.switch_loss or self.sequence_loss or self.global_loss or self.balance_bias):

@@ -213,4 +213,6 @@ def cases(
     batch = draw(batches(config.vocab, over_rows * microbatches * draw(st.sampled_from((1, 2))), max(length, 2)))
     remat = draw(st.sampled_from(("none", "full", "every-2", "selective")))
     settings = {"microbatches": microbatches, "remat": remat, "prefetch": draw(st.sampled_from((1, 0, 2)))}
-    return Case(mesh, lists, config, batch, settings, draw(st.sampled_from((torch.float64, torch.float64, torch.float32))))
+    # a norm of what a block puts out divides by what may be small: there fp32 on one device is itself off by up to 4e-5
+    exact = config.norm_at in ("peri", "out") or draw(st.sampled_from((True, True, False)))
+    return Case(mesh, lists, config, batch, settings, torch.float64 if exact else torch.float32)

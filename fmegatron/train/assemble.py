@@ -12,7 +12,7 @@ from typing import Any
 from fmegatron import toml, tree
 from fmegatron.config import Checkpoint, ConfigError, Run, RunConfig
 from fmegatron.config.faults import Local
-from fmegatron.config.monitors import Log, Profile
+from fmegatron.config.monitors import Log, Profile, Validation
 from fmegatron.data.place import reading, shards_of
 from fmegatron.data.share import Share, share_of
 from fmegatron.models import Model
@@ -22,6 +22,7 @@ from fmegatron.train import checkpoint, graphs, setup, setup_batch, setup_precis
 from fmegatron.train.evaluate import make_evaluate
 from fmegatron.train.facts import environment
 from fmegatron.train.meeting import make_average
+from fmegatron.train.needs import check_needs
 from fmegatron.train.node_local import place_of_run
 from fmegatron.train.pipeline.stages import Placed, place_pipeline, with_stages, without_pp
 from fmegatron.train.replicas import make_check
@@ -108,11 +109,13 @@ def assemble(c: RunConfig, mesh: Mesh) -> Parts:
     setup.check_sequence(c, sh)
     setup.check_layers(c, sh)
     setup.check_optimizer(c)
+    check_needs(c, say)
     graphs.check(c, sh)
     share = share_of(sh)
     source = setup.on_first(mesh, lambda: source_of(c, say, reads=share is None or share.reads))
     model, term_weights = unigram_of(c, source, setup.model_of(c, source))
-    sets(c, source)
+    if not (sets(c, source) or source.has_held_out) and c.validation != Validation():
+        say("no held-out text, so nothing is validated: data.valid or data.split name some")
     pipeline = setup.pipeline_of(c, model)
     placed = None if pipeline is None else place_pipeline(pipeline, model, mesh)
     own, own_sh = (model, sh) if placed is None else (placed.model, without_pp(sh))

@@ -214,6 +214,8 @@ def _switched(o: configs.Optimizer, given: Mapping[str, Any], takes: Mapping[str
             raise ConfigError(f"optimizer.switch.{key} = {new}: as many as before, {tuple(old)}")
         out[key] = tuple(Switch(float(a), float(b), int(o.switch["at"])) for a, b in zip(old, new, strict=True))
     if o.switch.get("reset"):
+        if "betas" not in takes:
+            raise ConfigError(f"optimizer.switch.reset: {o.name} has no betas, whose momenta would begin anew")
         betas = out.get("betas", given.get("betas", takes["betas"].default))
         moments = [b if isinstance(b, Switch) else Switch(b, b, int(o.switch["at"])) for b in betas[:-1]]
         out["betas"] = (*(replace(b, reset=True) for b in moments), betas[-1])

@@ -48,6 +48,11 @@ def test_every_preset_computes_what_one_device_does() -> None:
     assert_mesh_invariant(SMALL, batch_at(own.data(16), 0, 4))
 
 
+def test_it_takes_at_most_sixty_lines_of_code() -> None:
+    code = Path(own.__file__).read_text().split('"""', 2)[2]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 60
+
+
 def test_mixing_over_a_sharded_name_is_refused() -> None:
     sh = Sharding(virtual_mesh(tp=2), RULES["tp"]).bind({"mlp": 8})
     with pytest.raises(ValueError, match="mixes over 'mlp'"):

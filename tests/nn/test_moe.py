@@ -232,6 +232,11 @@ def test_settings_that_cannot_be():
         ({"top_k": 1}, "set normalize = false"),
         ({"sinkhorn": True, "switch_loss": 0.1}, "takes no balance loss"),
         ({"shared_gate": True}, "give their width"),
+        ({"bias_rate": 0.1}, "moe.bias_rate = 0.1 without balance_bias"),
+        ({"group_top_k": 2}, "without groups"),
+        ({"group_best": 1}, "without groups"),
+        ({"drop": "position"}, "drop = position without capacity"),
+        ({"layers": (True, True, False), "first_dense": 1}, "in moe.layers: drop one"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(PLAIN, **change)

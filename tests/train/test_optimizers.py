@@ -8,7 +8,8 @@ import torch
 from fmegatron import optim, toml, tree
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models.gpt import Config, gpt
-from fmegatron.train.optimizers import NAMES, follow, optimizer_of, schedule_of
+from fmegatron.train import checkpoint
+from fmegatron.train.optimizers import NAMES, follow, optimizer_of, resumed, schedule_of
 
 MODEL = gpt(Config(layers=2, embed=8, heads=2, mlp=12, vocab=11))
 
@@ -86,6 +87,13 @@ def test_what_a_resumed_run_keeps():
     assert follow(run(lr=1e-2, schedule="linear", on_resume="match"), toml.dumps(old)).optimizer.lr == 1e-2
 
 
+def test_the_schedule_of_a_checkpoint_in_a_folder_of_its_own(tmp_path):
+    old = run(lr=1e-2)
+    checkpoint.save(tmp_path / "far", 1, {}, {"config": toml.dumps(old)})
+    places = {"run": {"dir": str(tmp_path / "run")}, "checkpoint": {"folder": str(tmp_path / "far")}}
+    assert resumed(toml.update(run(lr=1e-3, on_resume="restore"), places, "test")).optimizer.lr == 1e-2
+
+
 @pytest.mark.parametrize("settings, word", [
     ({"vs": [0.7]}, r"optimizer.vs = \(0.7,\): adamw has no vs, it has betas, eps, weight_decay"),
     ({"name": "sgd", "betas": [0.9, 0.9]}, "sgd has no betas, it has momentum, weight_decay"),
@@ -93,7 +101,8 @@ def test_what_a_resumed_run_keeps():
     ({"groups": {"a": {"match": "nothing.*"}}}, "'nothing.\\*' fits no parameter"), ({"groups": {"a": {}}}, "match"),
     ({"groups": {"a": {"match": "*", "betaz": 1}}}, "betaz"), ({"switch": {"at": 1, "vs": [0.5]}}, "adamw has no vs"),
     ({"switch": {"betas": [0.9, 0.9]}}, "switch.at"), ({"arguments": {"wd": 1}}, "wd"),
-    ({"weight_decay_start": 0.1}, "the value at the end")])
+    ({"weight_decay_start": 0.1}, "the value at the end"),
+    ({"name": "sgd", "switch": {"at": 1, "reset": True}}, "switch.reset: sgd has no betas")])
 def test_mistakes_are_one_line(settings, word):
     with pytest.raises(ConfigError, match=word) as error:
         optimizer_of(run(**settings), MODEL)
