@@ -17,7 +17,8 @@ ACT = {
     "model": "preset hf function overrides loss",
     "data": "source kind masked seq document_mask reset_positions cache sft step_tokens mixture fim ahead skip",
     "training": "dtype param_dtype accumulate_dtype loss_scale clip_norm clip_value skip_norm count_zeros rampup_batch "
-    "batch_sizes steps global_batch microbatches remat kernels compile prefetch reshard sum_dtype donate graphs deterministic collect",
+    "batch_sizes steps collect global_batch microbatches remat kernels compile prefetch reshard sum_dtype donate graphs "
+    "deterministic",
     "fp8": "recipe others",
     "optimizer": "mu_dtype nu_dtype name lr betas vs eps momentum weight_decay decouple clip schedule unit warmup "
     "warmup_fraction weight_decay_start switch groups offload on_resume",
