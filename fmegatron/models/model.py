@@ -12,7 +12,7 @@ walks the same chain on its own terms (one node's parameters at a time, backward
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Node:
     own: (name inside fn, name outside) of values that are this node's alone, so that nodes may share a function.
     layer: which slice of the stacked subtrees among its parameters.
     mtp: it predicts further tokens, for the loss alone: logits and generation leave it out.
-    index: its number in the whole model; the key it gets is folded with it. key is None without dropout.
+    index: its number in the whole model, by which a step knows it; the key it gets is folded with it (None without dropout).
+        Where no node of a model has one they are counted from 0: with an embedding first, layers count from 1.
     linear: in its parameters, so that their values are not needed again for its backward (a lookup).
     light: cheap beside the layers and run once: a compiled step leaves it eager, it is not worth the compile.
     chunks: n > 0 says that all it reads may be cut along dim 1 into equal parts, and the results of the parts added;
@@ -104,6 +105,13 @@ class Model:
     carries: tuple[str, ...] = ()  # values that nodes may write, constants of which a step's next microbatch is given
     moves: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     factors: Callable[[Mapping[str, Tensor]], dict[str, tuple[str, Tensor]]] | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [node.index for node in self.chain]
+        if len(numbers) > 1 and not any(numbers):
+            object.__setattr__(self, "chain", tuple(replace(node, index=i) for i, node in enumerate(self.chain)))
+        elif twice := [i for i in numbers if numbers.count(i) > 1]:
+            raise ValueError(f"two nodes of the chain have index {twice[0]}: number all of them, or none")
 
     def init(self, key: Tensor | int = 0, dtype: torch.dtype = torch.float32) -> Tree:
         """Initial parameters on one device."""

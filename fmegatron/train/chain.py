@@ -24,7 +24,7 @@ from fmegatron.split import Halves
 from fmegatron.train.gradients import Gradients
 from fmegatron.train.remat import Remat
 from fmegatron.train.weights import Weights
-from fmegatron.transforms import Engine, Kind, Pullback
+from fmegatron.transforms import FUNC, Engine, Kind, Pullback
 from fmegatron.tree import Tree
 
 
@@ -156,6 +156,9 @@ def forward(
     if not again:
         add_taps(step.taps, out, node.index)
     new = {node.outside(name): x for name, x in out.items() if not name.startswith("tap.")}
+    if step.engine is not FUNC and (lost := moved & set(new) - set(node.writes)):
+        said = f"node {node.index} returns {min(lost)!r}, which depends on parameters"
+        raise ValueError(f"{said}: name it among its writes ({', '.join(node.writes)}), or its gradient is lost")
     values = {**values, **new}
     step.offload.close(stash, values.values())
     return values, (moving - set(new)) | (moved & set(new)), Ran(node, own, pullback, stash)

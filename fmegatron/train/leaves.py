@@ -50,10 +50,28 @@ def plan_leaves(model: Model, sh: Sharding) -> dict[str, Leaf]:
     """{path: Leaf} for a model under a sharding bound to its sizes.
 
     A gradient as a block returns it lies as the parameter in use, and is partial on every mesh axis on which that is not
-    placed: the loss is the sum over all ranks. Raises ValueError naming the leaf where a rule does not divide, or where
-    stacked layers lie under no number: checkpoints name layers one by one.
+    placed: the loss is the sum over all ranks. Raises ValueError naming the leaf where a rule does not divide, where stacked
+    layers lie under no number (checkpoints name layers one by one), and where nodes and declarations do not fit.
     """
+    check_nodes(model)
     return {path: _plan_leaf(path, param, sh) for path, param in tree.to_paths(model.declare).items()}
+
+
+def check_nodes(model: Model) -> None:
+    """ValueError where a node takes parameters that are not declared or no layer of them, or where no node takes some."""
+    declared = tree.to_paths(model.declare)
+    unread = set(declared)
+    for node in model.chain:
+        for _, path in node.params:
+            found = [leaf for leaf in declared if leaf == path or leaf.startswith(f"{path}.")]
+            if not found:
+                raise ValueError(f"node {node.index} takes parameters {path!r}, but declared are {', '.join(declared)}")
+            for layers in {declared[leaf].layers for leaf in found} - {None}:
+                if node.layer is None or not 0 <= node.layer < layers:
+                    raise ValueError(f"node {node.index} takes {path!r}, {layers} stacked layers: its layer is {node.layer}")
+            unread -= set(found)
+    if unread:
+        raise ValueError(f"no node takes the parameters {', '.join(sorted(unread))}: they would have no gradient")
 
 
 def _plan_leaf(path: str, param: Param, sh: Sharding) -> Leaf:

@@ -59,6 +59,34 @@ def test_mixing_over_a_sharded_name_is_refused() -> None:
         sh.local(lambda x: x, "batch kv_seq mlp -> batch kv_seq")
 
 
+FIRST, LAYER, *_ = SMALL.chain
+MISTAKES = {
+    "node 0 takes parameters 'tabel', but declared are layers.0": {"chain": (replace(FIRST, params=(("table", "tabel"),)),)},
+    "no node takes the parameters table": {"chain": SMALL.chain[1:-1]},
+    "node 9 takes 'layers.0', 2 stacked layers: its layer is 2": {"chain": (*SMALL.chain, replace(LAYER, layer=2, index=9))},
+    "two nodes of the chain have index 1: number all of them, or none": {"chain": (*SMALL.chain, LAYER)},
+    "stacked layers: its layer is None": {"chain": (FIRST, replace(LAYER, layer=None), *SMALL.chain[2:])},
+    "node 0 returns 'h', which depends on parameters: name it": {"chain": (replace(FIRST, writes=()), *SMALL.chain[1:])},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_chain_that_does_not_fit_its_declarations_is_refused(message: str) -> None:
+    tx = own.lion(1e-3)
+    with pytest.raises(ValueError, match=message):
+        wrong = replace(SMALL, **MISTAKES[message])
+        make_step(wrong, tx, SINGLE)(init(wrong, tx, SINGLE), batch_at(own.data(16), 0, 4))
+
+
+def test_nodes_without_numbers_are_numbered() -> None:
+    """By its number a step finds what is kept gathered of a node: that of one layer was taken for another's."""
+    assert [node.index for node in SMALL.chain] == list(range(len(SMALL.chain)))
+    rows, tx, sh = batch_at(own.data(16), 0, 4), own.lion(1e-3), Sharding(virtual_mesh(dp=2), RULES["fsdp"])
+    batch = {name: shard(sh, x, NAMES[name]) for name, x in rows.items()}
+    one, other = (make_step(SMALL, tx, sh, reshard=how)(init(SMALL, tx, sh), batch)[1] for how in ("always", "never"))
+    assert torch.equal(one["grad_norm"], other["grad_norm"])
+
+
 def test_it_learns_under_tp_as_on_one_device() -> None:
     one = train(SINGLE)
     tp = train(Sharding(virtual_mesh(dp=2, tp=2), RULES["fsdp_tp_sp"]))
@@ -68,7 +96,8 @@ def test_it_learns_under_tp_as_on_one_device() -> None:
 
 def test_stacked_layers_without_a_number_are_refused_before_training() -> None:
     model = own.model()
-    flat = replace(model, declare={**model.declare, "layers": model.declare["layers"]["0"]})
+    chain = tuple(replace(node, params=(("", "layers"),)) if node.is_layer else node for node in model.chain)
+    flat = replace(model, declare={**model.declare, "layers": model.declare["layers"]["0"]}, chain=chain)
     with pytest.raises(ValueError, match="layers.down is stacked: put it under its first layer's number, like 'layers.0.down'"):
         init(flat, own.lion(0.1), SINGLE)
 
