@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fmegatron import data, inference, models, nn, optim, random, sharding, testing, train, tree
+    from fmegatron import config, data, inference, models, nn, optim, plan, random, sharding, testing, train, tree
     from fmegatron.nn.param import Param
     from fmegatron.sharding import (  # type: ignore[no-redef]
         RULES,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         virtual_mesh,
     )
 
-MODULES = ("data", "inference", "models", "nn", "optim", "random", "sharding", "testing", "train", "tree")
+MODULES = ("config", "data", "inference", "models", "nn", "optim", "plan", "random", "sharding", "testing", "train", "tree")
 NAMES = {
     **dict.fromkeys(("RULES", "SINGLE", "Mesh", "Placement", "Rules", "Sharding", "Size"), "sharding"),
     **dict.fromkeys(("make_mesh", "shard", "shard_map", "spmd", "thread_mesh", "unshard", "virtual_mesh"), "sharding"),
@@ -47,9 +47,9 @@ NAMES = {
 }
 
 __all__ = [
-    "RULES", "SINGLE", "Mesh", "Param", "Placement", "Rules", "Sharding", "Size", "data", "inference", "make_mesh", "models",
-    "nn", "optim", "random", "shard", "shard_map", "sharding", "spmd", "testing", "thread_mesh", "train", "tree", "unshard",
-    "virtual_mesh",
+    "RULES", "SINGLE", "Mesh", "Param", "Placement", "Rules", "Sharding", "Size", "config", "data", "inference", "make_mesh",
+    "models", "nn", "optim", "plan", "random", "shard", "shard_map", "sharding", "spmd", "testing", "thread_mesh", "train",
+    "tree", "unshard", "virtual_mesh",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Chats as text: a Jinja template renders messages and says which characters the assistant wrote.
 
-    chat = load_chat("path/to/Qwen3-0.6B", codec)        # the template in its tokenizer_config.json
+    chat = load_chat("path/to/Qwen3-0.6B")       # the template in its tokenizer_config.json
     text, spans = chat.render([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
 
 Templates follow Hugging Face's conventions: `messages`, `tools`, `add_generation_prompt`, special tokens by name, and

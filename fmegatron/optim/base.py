@@ -104,7 +104,6 @@ class Local:
             values |= {path: y.reshape(values[path].shape) for path, y in zip(paths, parts, strict=True)}
         return tree.map_with_path(lambda path, _: values[path], updates)
 
-
     def index(self, path: str, leaf: Tensor) -> tuple[str, Tensor, Tensor]:
         """The leaf's path, and its elements counted."""
         return path, *rows_and_columns([torch.arange(n, device=leaf.device) for n in leaf.shape], leaf.shape, leaf)

@@ -65,4 +65,3 @@ def preset_named(name: str) -> str | None:
 
 
 
-

@@ -1,5 +1,8 @@
 """Sharding: names of dims, rules that place them on a mesh, and the collectives that follow. Knows nothing of models."""
 
+from typing import TYPE_CHECKING
+
+from fmegatron.lazy import submodules
 from fmegatron.sharding.mesh import Axis, Mesh, abstract_mesh, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.placement import Placement, Size
 from fmegatron.sharding.rules import RULES, Rules
@@ -24,3 +27,6 @@ __all__ = [
     "unshard",
     "virtual_mesh",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = submodules(__name__)

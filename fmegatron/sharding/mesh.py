@@ -64,7 +64,10 @@ class Mesh:
         return {axis.name: axis.size for axis in self.axes}
 
     def __getitem__(self, name: str) -> Axis:
-        return next(axis for axis in self.axes if axis.name == name)
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise KeyError(f"no mesh axis is named {name!r}: they are {', '.join(self.sizes) or 'none'}")
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """{axis name: coordinate} of a rank."""
@@ -165,6 +168,6 @@ def _complete(sizes: dict[str, int], world: int) -> dict[str, int]:
             hint = f"the sizes must multiply to {world} (divisors: {', '.join(map(str, legal))})"
         raise ValueError(
             f"mesh {shown} needs {known} process(es) but {world} are running: {hint}, start {known} with "
-            f"`torchrun --nproc-per-node {known}`, or run it in one process on a virtual mesh (--mesh.virtual true)"
+            f"`torchrun --nproc-per-node {known}`, or run it in one process (virtual_mesh; --mesh.virtual true)"
         )
     return sizes

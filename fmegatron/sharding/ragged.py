@@ -40,7 +40,6 @@ class Meanwhile:
         self.result = self.result if work is None else work()
 
 
-
 def swap(rows: Tensor, counts: Tensor, axis: Axis, rank: Tensor, meanwhile: Meanwhile | None = None) -> Moved:
     """Rows to the ranks that their groups belong to, a slice of neighbouring groups a rank."""
     mine = counts.unflatten(0, (axis.size, -1))

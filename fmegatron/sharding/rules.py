@@ -172,4 +172,9 @@ def _presets() -> dict[str, Rules]:
     return {name: replace(rules, name=name) for name, rules in named.items()}
 
 
-RULES = MappingProxyType(_presets())
+class _Presets(dict[str, Rules]):
+    def __missing__(self, name: str) -> Rules:
+        raise KeyError(f"no rules are named {name!r}: they are {', '.join(self)}")
+
+
+RULES: Mapping[str, Rules] = MappingProxyType(_Presets(_presets()))

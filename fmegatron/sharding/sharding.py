@@ -79,6 +79,8 @@ class Sharding:
     layout: Layout = field(default_factory=lambda: NO_LAYOUT, repr=False)  # made from the fields above
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Rules):
+            raise ValueError(f"rules are a value, such as RULES['fsdp'] or Rules(...), not {self.rules!r}")
         idle = [a.name for a in self.mesh.axes if a.size > 1 and a.name not in self.rules.axes and a.name != "pp"]
         if idle:
             known = [name for name, rules in RULES.items() if {a.name for a in self.mesh.axes if a.size > 1} <= rules.axes]
@@ -195,9 +197,7 @@ class Sharding:
             raise ValueError(f"einsum pattern {pattern!r} has {len(products)} right operands but got {len(weights)}")
         if self.chunks > 1 and (done := in_chunks(products, x, weights, self.rank, self.chunks)) is not None:
             return done[0] if len(done) == 1 else done
-        ready: dict[Any, Tensor] = {}
-        shared: dict[Any, Any] = {}
-        out = []
+        ready, shared, out = dict[Any, Tensor](), dict[Any, Any](), list[Tensor]()
         for product, w in zip(products, weights, strict=True):
             if product.left not in ready:
                 ready[product.left] = run(x, self.rank, product.left)

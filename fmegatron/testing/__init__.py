@@ -9,6 +9,9 @@
 `fmegatron.testing.strategies` draws meshes, rules, configs and batches for hypothesis, which it imports.
 """
 
+from typing import TYPE_CHECKING
+
+from fmegatron.lazy import submodules
 from fmegatron.testing.assertions import (
     assert_dtype,
     assert_max_traces,
@@ -37,3 +40,6 @@ __all__ = [
     "measure",
     "variants",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = submodules(__name__)

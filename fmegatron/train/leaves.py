@@ -58,9 +58,11 @@ def plan_leaves(model: Model, sh: Sharding) -> dict[str, Leaf]:
 
 
 def check_nodes(model: Model) -> None:
-    """ValueError where a node takes parameters that are not declared or no layer of them, or where no node takes some."""
+    """ValueError where a node takes what is not declared, no layer of it, or none takes it, and where a size is missing."""
     declared = tree.to_paths(model.declare)
     unread = set(declared)
+    for leaf in declared.values():
+        leaf.true_shape(model.sizes)
     for node in model.chain:
         for _, path in node.params:
             found = [leaf for leaf in declared if leaf == path or leaf.startswith(f"{path}.")]
