@@ -70,7 +70,7 @@ def uniform(key: Tensor, index: Tensor) -> Tensor:
 
 
 def normal(key: Tensor, index: Tensor) -> Tensor:
-    """Standard normal fp64 by Box and Muller's transform of two draws; at most 6.7 in size."""
+    """Standard normal fp64 by Box and Muller's transform of two draws; below 6.77 in size."""
     radius = (uniform(fold_in(key, 1), index) + 2.0**-33).log().mul(-2).sqrt()
     return radius * (uniform(fold_in(key, 2), index) * (2 * math.pi)).cos()
 

@@ -83,7 +83,7 @@ class Local:
         """The 2-norm of all elements of a tree, in fp32 or fp64."""
         norms = [torch.linalg.vector_norm(u, dtype=u.dtype if u.dtype == torch.float64 else torch.float32)
                  for u in tree.leaves(updates)]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())  # a group may have no leaves
 
     def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:
         """Each leaf's mean over its dims, or that of its squares."""

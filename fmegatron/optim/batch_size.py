@@ -48,6 +48,8 @@ class BatchSizes:
 
 def rampup(start: int, increment: int, samples: int, end: int) -> BatchSizes:
     """From start to end by increment, over the first `samples`: start + increment floor(consumed / interval)."""
+    if samples < 0:
+        raise ValueError(f"a ramp over {samples} samples: at least 0")
     if increment < 1 or start < 1 or (end - start) % increment or end < start:
         raise ValueError(f"a ramp from {start} to {end} by {increment}: {end} - {start} must be a multiple of {increment}")
     n = (end - start) // increment
@@ -64,11 +66,10 @@ def stepwise(text: str, seq: int | None = None) -> BatchSizes:
         unit = dict(SUFFIXES).get(threshold[-1:].upper(), 1)
         number = threshold[:-1] if unit > 1 else threshold
         try:
-            at = round(float(number) * unit) // (seq or 1)
-            stages.append((at, int(size)))
-        except ValueError:
+            stages.append((round(float(number) * unit) // (seq or 1), int(size)))
+        except (ValueError, OverflowError):
             colon = ""
-        if not colon:
+        if not colon or stages[-1][1] < 1:
             raise ValueError(f"batch sizes {text!r}: {part!r} is not threshold:size, like 250B:1536")
     starts = [start for start, _ in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:

@@ -60,8 +60,10 @@ def multi(transforms: Mapping[str, Transform], labels: Labels) -> Transform:
 
 def masked(tx: Transform, mask: Callable[[str, Any], bool] | Tree) -> Transform:
     """tx on the leaves of the mask; the updates of the others pass as they are."""
+    of = {} if callable(mask) else tree.to_paths(mask)
+
     def label(path: str, leaf: Any) -> str:
-        return "on" if (mask(path, leaf) if callable(mask) else tree.to_paths(mask)[path]) else "off"
+        return "on" if (mask(path, leaf) if callable(mask) else of[path]) else "off"
 
     return multi({"on": tx, "off": chain()}, label)
 

@@ -145,6 +145,7 @@ class Over:
                     assert self.sh.rank is not None
                     number = apply(number, self.sh.rank, Once(axis))
             total = total + number
+        total = total if isinstance(total, Tensor) else torch.zeros((), device=self.sh.mesh.device)  # of a group without leaves
         return over_ranks(self.every or self.sh, total, Psum)
 
     def mean(self, updates: Tree, dims: Dims, square: bool = False) -> Tree:

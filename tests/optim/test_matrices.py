@@ -10,19 +10,21 @@ import pytest
 import torch
 from optax.contrib import _muon
 from oracles import assert_close, in_optax, in_torch, problem, train
+from pieces import batches, model
 
 from fmegatron import optim, tree
 from fmegatron.models.gpt import Config, gpt
 from fmegatron.nn import param
 from fmegatron.nn.param import Matrix, Param, zeros
 from fmegatron.optim.muon import QUINTIC
-from fmegatron.sharding import RULES, SINGLE, Sharding, spmd, virtual_mesh
+from fmegatron.sharding import RULES, SINGLE, Sharding, shard, spmd, virtual_mesh
 from fmegatron.sharding.traffic import counted
 from fmegatron.testing.invariance import whole_leaves
 from fmegatron.train import saving
 from fmegatron.train.leaves import to_optimizer
 from fmegatron.train.planned import plan_step
 from fmegatron.train.state import Over, init
+from fmegatron.train.step import make_step
 
 MODEL = gpt(Config(layers=3, embed=16, heads=4, kv=2, mlp=24, vocab=21, vocab_pad=8, tied=True, no_rope=2))
 
@@ -194,6 +196,18 @@ def test_groups_are_optaxs():
     of = tree.to_paths(labels)
     for given in (labels, by_pattern, lambda path, leaf: of[path]):
         assert_close(train(optim.multi(txs, given), params, grads)[0], in_optax(theirs, params, grads))
+
+
+@pytest.mark.parametrize("sh", [SINGLE, Sharding(virtual_mesh(dp=2), RULES["fsdp"])], ids=["single", "mesh"])
+def test_a_group_without_leaves_may_clip(sh):
+    clipped = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(1.0))
+    net = model(layers=1)
+    batch = {name: shard(sh, x, "batch seq") for name, x in next(batches(1)).items()}
+    norms = []
+    for tx in (optim.sgd(1.0), optim.multi({"none": clipped, "all": optim.sgd(1.0)}, [("nothing", "none"), ("*", "all")])):
+        state, metrics = make_step(net, tx, sh)(init(net, tx, sh), batch)
+        norms.append(metrics["grad_norm"])
+    assert torch.equal(*norms)
 
 
 def test_masked_leaves_pass():

@@ -134,6 +134,8 @@ def test_batch_sizes_are_megatrons(sizes, at):
 @pytest.mark.parametrize("build, word", [
     (lambda: optim.rampup(32, 16, 100, 100), "multiple of 16"), (lambda: optim.stepwise("1:4"), "begin with 0"),
     (lambda: optim.stepwise("0:4 0:8"), "rise"), (lambda: optim.stepwise("0=4"), "250B:1536"),
+    (lambda: optim.stepwise("0:0"), "'0:0' is not"), (lambda: optim.stepwise("0:4 inf:8"), "'inf:8' is not"),
+    (lambda: optim.rampup(4, 4, -1, 8), "over -1 samples"),
     (lambda: optim.increment(0.0, 0.1, steps=5), "cannot go from")])
 def test_more_errors(build, word):
     with pytest.raises(ValueError, match=word):
