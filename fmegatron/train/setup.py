@@ -27,6 +27,7 @@ from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
+from fmegatron.train import together
 from fmegatron.train.flops import step_flops
 from fmegatron.train.lowbits import lowered
 from fmegatron.train.mup import mup_of
@@ -128,15 +129,12 @@ def semisync_of(c: RunConfig) -> SemiSync | None:
 
 
 def on_first(mesh: Mesh, fn: Callable[[], Any]) -> Any:
-    """`fn()`, on the first process before the others: they find on disk what it made."""
+    """`fn()`, on the first process before the others, which find on disk what it made; where it fails all raise its error."""
     if mesh.rank is None:
         return fn()
-    if mesh.rank == 0:
-        made = fn()
-        dist.barrier()
-        return made
-    dist.barrier()
-    return fn()
+    made: list[Any] = []
+    together.on_first(lambda: made.append(fn()))
+    return made[0] if made else fn()
 
 
 # -- model ----------------------------------------------------------------------------------------------------------

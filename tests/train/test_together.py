@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import processes
 import pytest
 
 from fmegatron.train.together import _attempt
@@ -28,3 +29,10 @@ def test_every_error_can_be_sent(error, kind):
 
     value, sent = pickle.loads(pickle.dumps(_attempt(fail)))
     assert value is None and type(sent) is kind and "3 of 4" in str(sent)
+
+
+def test_a_mistake_is_one_line_of_the_first_process(tmp_path):
+    words = ["train", "debug", "--mesh.dp", "2", "--data.source", tmp_path / "none", "--data.tokenizer", "byte"]
+    first, second = processes.run(2, processes.COMMAND, *words, "--run.dir", tmp_path / "run", timeout=100)
+    assert first.returncode == 2 and first.stderr.startswith("fmegatron: data.source = ") and first.stderr.count("\n") == 1
+    assert not second.stderr
