@@ -74,7 +74,8 @@ def test_a_users_own_model_passes_and_a_mix_over_a_sharded_name_is_seen():
 
 def test_a_value_without_names_is_asked_for():
     model = own_model(lambda sh, x: x)
-    renamed = Model(**{**vars(model), "chain": (Node(lambda *a: {"mine": torch.zeros(1)}, writes=("mine",)), *model.chain)})
+    first = Node(lambda *a: {"mine": torch.zeros(1)}, writes=("mine",), index=9)
+    renamed = Model(**{**vars(model), "chain": (first, *model.chain)})
     with pytest.raises(ValueError, match="value 'mine' has no names"):
         testing.assert_mesh_invariant(renamed, {"tokens": torch.zeros(4, 8, dtype=torch.int64)}, [])
 
