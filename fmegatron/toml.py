@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import MISSING, field, fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
@@ -42,6 +43,14 @@ def option(default: Any, doc: str, *, at_least: float | None = None) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def unheard(group: str, config: Any, names: Sequence[str], needs: str) -> None:
+    """ConfigError where a field of `names` has been changed, which does nothing without what `needs` says."""
+    for f in fields(config):
+        start = f.default if f.default is not MISSING or f.default_factory is MISSING else f.default_factory()
+        if f.name in names and (value := getattr(config, f.name)) != start:
+            raise ConfigError(f"{group}.{f.name} = {format_value(value)} does nothing without {needs}")
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -141,8 +150,9 @@ def _update(config: Any, table: Table, origin: str, prefix: str, root: type) -> 
             shown = value if isinstance(value, Text) else format_value(value)
             raise ConfigError(f"{origin}: {key} = {shown}: expected {wanted}") from None
         least = metadata[name].get("at_least")
-        if least is not None and isinstance(new, int | float) and not new >= least:
-            raise ConfigError(f"{origin}: {key} = {format_value(new)}: must be at least {least}")
+        if least is not None and isinstance(new, int | float) and not least <= new < math.inf:
+            limit = "be finite" if new == math.inf else f"be at least {least}"
+            raise ConfigError(f"{origin}: {key} = {format_value(new)}: must {limit}")
         changes[name] = merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new
     try:
         return replace(config, **changes)

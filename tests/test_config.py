@@ -132,6 +132,12 @@ def test_mistakes_in_a_file(text, said, tmp_path, monkeypatch):
     ({"training": {"compile": True}, "mesh": {"virtual": True}}, "runs eager"),
     ({"mesh": {"threads": True}}, "needs mesh.virtual"),
     ({"model": {"hf": "a", "function": "b:c"}}, "one model"),
+    ({"training": {"hysteresis": 3}}, "hysteresis = 3 does nothing without a dynamic loss scale"),
+    ({"training": {"dtype": "fp16", "loss_scale": "8", "loss_scale_window": 5}}, "loss_scale_window = 5 does nothing"),
+    ({"training": {"skip_norm": 0}}, "skip_norm = 0: must be above 0"),
+    ({"training": {"clip_value": float("nan")}}, "at least 0"),
+    ({"training": {"clip_norm": float("inf")}}, "must be finite"), ({"faults": {"tolerance": 0.1}}, "or faults.recheck"),
+    ({"faults": {"memory": False, "memory_history": True}}, "does nothing without faults.memory = true"),
 ])
 def test_groups_that_contradict_each_other(table, word):
     with pytest.raises(ConfigError, match=f"command line: .*{word}"):

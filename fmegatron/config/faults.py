@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fmegatron.toml import option
+from fmegatron.toml import option, unheard
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,19 @@ class Faults:
     memory: bool = option(True, "where memory runs out, leave a report; on a GPU its allocator's snapshot too")
     memory_history: bool = option(False, "the GPU's snapshot has the history of all allocations, which costs some time")
     inject: tuple[str, ...] = option((), 'faults for tests, as ["KIND:STEP:WHERE", ...], see docs/faults.md')
+
+    def __post_init__(self) -> None:
+        if not self.rerun:
+            watched = ("spike", "spike_samples", "on_bad", "rollback_batches", "rollbacks")
+            unheard("faults", self, watched, "faults.rerun = true")
+        if not (self.rerun or self.recheck):
+            unheard("faults", self, ("tolerance", "on_fault"), "faults.rerun = true or faults.recheck")
+        if self.on_bad != "rollback":
+            unheard("faults", self, ("rollback_batches", "rollbacks"), "faults.on_bad = rollback")
+        if not self.stragglers:
+            unheard("faults", self, ("straggler_ratio",), "faults.stragglers, the steps between reports")
+        if not self.memory:
+            unheard("faults", self, ("memory_history",), "faults.memory = true")
 
 
 @dataclass(frozen=True)

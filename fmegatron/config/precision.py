@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fmegatron.toml import option
+from fmegatron.toml import option, unheard
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Precision:
     loss_scale_backoff: float = option(0.5, "times which it falls after overflows", at_least=0)
     hysteresis: int = option(2, "overflows since it last grew before it falls", at_least=1)
     clip_norm: float | None = option(1.0, "largest norm of a step's gradient; none: as it is", at_least=0)
-    clip_value: float | None = option(None, "largest size of a gradient's elements, after clip_norm; none: as they are")
+    clip_value: float | None = option(None, "largest size of a gradient's elements, after clip_norm; none: any", at_least=0)
     skip_norm: float | None = option(None, "a gradient of a larger norm is skipped; none: no finite one", at_least=0)
     count_zeros: bool = option(False, "count the gradient's zeros: the metric zeros")
 
@@ -47,5 +47,9 @@ class Precision:
             raise ValueError("training.dtype = fp16 with training.loss_scale = off: small gradients would vanish, use dynamic")
         if self.param_dtype == "bf16" and self.dtype != "bf16":
             raise ValueError(f"training.param_dtype = bf16 with training.dtype = {self.dtype}: compute in bf16 too")
-        if self.clip_value is not None and self.clip_value <= 0:
-            raise ValueError(f"training.clip_value = {self.clip_value}: must be above 0; leave it out for none")
+        for name in ("clip_norm", "clip_value", "skip_norm"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"training.{name} = 0: must be above 0; none switches it off")
+        if (self.loss_scale or ("dynamic" if self.dtype == "fp16" else "off")) != "dynamic":
+            dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_growth", "loss_scale_backoff")
+            unheard("training", self, (*dynamic, "hysteresis"), "a dynamic loss scale (training.loss_scale = dynamic)")

@@ -69,6 +69,10 @@ def scale_by_adopt(
     """ADOPT's form. State: {"count", "mu", "mu_2", ..., "nu"}. clip: the bound by step (from 0), a constant one, or none."""
     *firsts, b2 = check(betas, vs)
     names = momenta_names(vs)
+    if isinstance(b2, Switch) and b2.reset:
+        raise ValueError("adopt divides by the squares of the steps before: they cannot be reset, momenta can")
+    if isinstance(clip, float | int) and not clip > 0:
+        raise ValueError(f"adopt's clip {clip}: a bound above 0, t**0.25, or none")
 
     def numbers(count: Tensor) -> dict[str, Tensor]:
         first = count == 0
@@ -93,13 +97,20 @@ def scale_by_adopt(
 # -- the parts ------------------------------------------------------------------------------------------------------
 def check(betas: Sequence[Number], vs: Sequence[Number]) -> tuple[Number, ...]:
     """betas, if each is in [0, 1), there is one more than of vs, and no sum of vs is above 1; ValueError otherwise."""
+    given, weights = [values(b) for b in betas], [values(v) for v in vs]
     if len(betas) != len(vs) + 1:
-        raise ValueError(f"betas {tuple(betas)} and vs {tuple(vs)}: one beta for each of vs, and one for the squares")
-    if not all(0 <= b < 1 for beta in betas for b in values(beta)):
-        raise ValueError(f"betas {tuple(betas)}: each must be at least 0 and below 1")
-    if not all(0 <= x <= 1 for v in vs for x in values(v)) or any(sum(values(v)[i] for v in vs) > 1 + 1e-8 for i in (0, -1)):
-        raise ValueError(f"vs {tuple(vs)}: each must be at least 0, and their sum at most 1")
+        count = f"{len(vs) + 1} are needed, one for each momentum (vs {_told(weights)}) and one for the squares"
+        raise ValueError(f"betas {_told(given)}: {count}")
+    if not all(0 <= b < 1 for beta in given for b in beta):
+        raise ValueError(f"betas {_told(given)}: each must be at least 0 and below 1")
+    if not all(0 <= x <= 1 for v in weights for x in v) or any(sum(v[i] for v in weights) > 1 + 1e-8 for i in (0, -1)):
+        raise ValueError(f"vs {_told(weights)}: each must be at least 0, and their sum at most 1")
     return tuple(betas)
+
+
+def _told(numbers: Sequence[tuple[float, ...]]) -> str:
+    """What the numbers are, "0.9, 0.95 then 0.999" where one changes."""
+    return ", ".join(" then ".join(f"{x:g}" for x in number) for number in numbers)
 
 
 def momenta_names(vs: Sequence[Number]) -> tuple[str, ...]:

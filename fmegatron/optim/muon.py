@@ -84,6 +84,8 @@ def orthogonalize(
 ) -> Transform:
     """Newton-Schulz on every leaf, scaled by its matrices' shape; every leaf must be matrices. No state."""
     by = scale_of(scale)
+    if steps < 1:
+        raise ValueError(f"muon steps = {steps}: must be at least 1, of Newton-Schulz")
 
     def fn(x: Tensor) -> Tensor:
         return newton_schulz(x, steps, dtype) * (scale_factor * by(x.shape[1], x.shape[2]))

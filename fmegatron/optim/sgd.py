@@ -18,6 +18,8 @@ def sgd(
     weight_decay: float | Tensor | Schedule = 0.0, mask: Mask = None,
 ) -> Transform:
     """SGD with torch's momentum; weight_decay is coupled, added to the gradient before the momentum, as in torch."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum {momentum}: must be at least 0 and below 1")
     decay = [] if isinstance(weight_decay, float | int) and weight_decay == 0 else [add_decayed_weights(weight_decay, mask)]
     trace = [scale_by_momentum(momentum, nesterov)] if momentum else []
     return chain(*decay, *trace, scale_by_learning_rate(learning_rate))

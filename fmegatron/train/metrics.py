@@ -121,7 +121,11 @@ class WandB:
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(number + "\n", encoding="utf-8")
         where = {"project": project, "name": name, "id": number, "dir": str(folder)}
-        self._run: Any = wandb.init(**where, resume="allow", config=dict(settings))
+        try:
+            self._run: Any = wandb.init(**where, resume="allow", config=dict(settings))
+        except wandb.errors.UsageError as error:  # no key, a name that it refuses
+            said = str(error).splitlines()[0]
+            raise ValueError(f"log.wandb = {project}: {said} Or keep it here: WANDB_MODE=offline") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

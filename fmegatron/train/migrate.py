@@ -145,12 +145,15 @@ def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     if isinstance(paths := args.get("data_path"), list):  # weights and prefixes
         del table["data"]["source"]
         table["data"]["blend"] = dict(zip(paths[1::2], paths[::2], strict=False))
-    if args.get("optimizer", "adam") != "sgd":
+    if args.get("optimizer", "adam") == "sgd":
+        table["optimizer"].setdefault("momentum", 0.9)
+    elif args.get("optimizer") != "lion":
         put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
     put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
     table["optimizer"].setdefault("weight_decay", 0.01)
     style = args.get("lr_decay_style", "linear").replace("-", "_").lower()
-    put(table, "optimizer.schedule", "wsd" if style == "wsd" else style)
+    put(table, "optimizer.schedule", "inverse_sqrt" if style == "inverse_square_root" else style)
+    table["optimizer"].setdefault("warmup", 0)
     if args.get("lr_decay_iters") is not None:
         put(table, "optimizer.decay_steps", args["lr_decay_iters"] - args.get("lr_warmup_iters", 0))
     if style == "wsd" and args.get("lr_wsd_decay_iters") is not None:

@@ -51,9 +51,16 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
     put(table, "optimizer.betas", [flat.get("optimizer.beta1", 0.9), flat.get("optimizer.beta2", 0.95)])
     put(table, "optimizer.weight_decay", flat.get("optimizer.weight_decay", 0.1))
     ratio, shape = flat.get("lr_scheduler.decay_ratio"), flat.get("lr_scheduler.decay_type", "linear")
+    shape = {"sqrt": "minus_sqrt"}.get(shape, shape)
+    for key, value in (("optimizer.lr", 8e-4), ("optimizer.warmup", 200), ("training.steps", 10000)):  # with their defaults
+        group, name = key.split(".")
+        if name not in table.get(group, {}):
+            put(table, key, value)
+    if ratio is None and shape == "minus_sqrt":  # which is a shape of wsd's here
+        ratio = 1 - table["optimizer"]["warmup"] / table["training"]["steps"]
     put(table, "optimizer.schedule", "wsd" if ratio is not None else shape)
     if ratio is not None:
-        put(table, "optimizer.decay_steps", round(ratio * flat.get("training.steps", 10000)))
+        put(table, "optimizer.decay_steps", round(ratio * table["training"]["steps"]))
         put(table, "optimizer.decay_shape", shape)
     floor = flat.get("lr_scheduler.min_lr_factor")
     if floor is not None:

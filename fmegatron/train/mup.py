@@ -66,6 +66,11 @@ def mup_of(c: RunConfig, model: Model) -> tuple[Model, dict[str, Scale]]:
         raise ConfigError("model.mup: it is for presets, which say their sizes")
     if unknown := sorted(said.keys() - {"embed", "layers", "heads", "kv", "hd", "mlp"}):
         raise ConfigError(f"model.mup.{unknown[0]}: the base's embed, layers, heads, kv, hd, mlp, and alpha, attention")
+    for name, value in c.model.mup.items():
+        kind = {"alpha": (int, float), "attention": (bool,)}.get(name, (int,))
+        if type(value) not in kind or value < (0 if name in ("alpha", "attention") else 1):
+            expected = {"alpha": "a number of at least 0", "attention": "true or false"}.get(name, "an int of at least 1")
+            raise ConfigError(f"model.mup.{name} = {value}: expected {expected}")
     try:
         return mup(model.config, replace(model.config, **said), **how)
     except (TypeError, ValueError) as error:

@@ -16,10 +16,12 @@ from fmegatron import optim, toml, tree
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.models import Model
 from fmegatron.nn import param
-from fmegatron.optim import Switch, Transform
+from fmegatron.optim import Transform
+from fmegatron.optim.groups import labelled
 from fmegatron.train import checkpoint
 from fmegatron.train.mup import mup_adamw, scales_of
 from fmegatron.train.setup_batch import samples_before, sizes_of
+from fmegatron.train.switched import switched
 
 Schedule = Callable[[Tensor], Tensor]
 NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "decoupled_adamw", "qhadamw", "adopt", "qhadopt",
@@ -41,7 +43,8 @@ def schedule_of(c: RunConfig) -> Schedule:
     if o.schedule == "constant":
         rate = optim.constant(o.lr, **shape)
     elif o.schedule == "inverse_sqrt":
-        rate = optim.inverse_sqrt(o.lr, min=o.min_lr, **shape)
+        end = None if o.decay_steps is None else warmup + o.decay_steps
+        rate = optim.inverse_sqrt(o.lr, min=o.min_lr, steps=end, **shape)
     elif o.schedule == "wsd":
         decay = max(steps - warmup, 1) if o.decay_steps is None else max(o.decay_steps, 1)
         rate = optim.wsd(o.lr, steps=max(steps, warmup + decay), decay=decay, shape=o.decay_shape, min=o.min_lr, **shape)
@@ -67,6 +70,10 @@ def optimizer_of(c: RunConfig, model: Model, schedule: Schedule | None = None) -
         for label, table in c.optimizer.groups.items():
             txs[label], found = _group(c, model, label, table)
             patterns += [(pattern, label) for pattern in found]
+        of = labelled([*patterns, ("*", "default")], model.declare, tuple(txs))
+        if empty := [label for label in c.optimizer.groups if label not in of.values()]:
+            taken = sorted({of[path] for path in of if any(fnmatchcase(path, p) for p, at in patterns if at == empty[0])})
+            raise ConfigError(f"optimizer.groups.{empty[0]}: all that it matches is of {', '.join(taken)}, which comes first")
         tx = optim.multi(txs, [*patterns, ("*", "default")])
     t = c.training
     clips = [] if t.clip_norm is None else [optim.clip_by_global_norm(t.clip_norm)]
@@ -108,6 +115,8 @@ def _group(c: RunConfig, model: Model, label: str, table: Mapping[str, Any]) -> 
     if lost := [p for p in patterns if not any(fnmatchcase(path, p) for path in paths)]:
         raise ConfigError(f"{place}.match: {lost[0]!r} fits no parameter; the first are {', '.join(paths[:3])}")
     if table.get("frozen"):
+        if own:
+            raise ConfigError(f"{place}.{next(iter(own))} with frozen = true: what is frozen takes no steps, drop one of them")
         return optim.freeze(), patterns
     if "groups" in own:
         raise ConfigError(f"{place}.groups: a group has no groups")
@@ -153,11 +162,13 @@ def _keywords(c: RunConfig) -> tuple[Callable[..., Transform], Mapping[str, insp
     if o.weight_decay_start is not None:
         if o.weight_decay is None:
             raise ConfigError("optimizer.weight_decay_start: say optimizer.weight_decay, the value at the end")
-        given["weight_decay"] = optim.increment(
-            o.weight_decay_start, o.weight_decay, steps=c.training.steps, shape=o.weight_decay_shape)
+        samples = o.unit == "samples"
+        steps = samples_before(c, c.training.steps) if samples else c.training.steps
+        decay = optim.increment(o.weight_decay_start, o.weight_decay, steps=steps, shape=o.weight_decay_shape)
+        given["weight_decay"] = optim.by_samples(decay, sizes_of(c).before) if samples else decay
     if "clip" in given:
         given["clip"] = _clip(given["clip"])
-    return build, takes, given | _switched(o, given, takes)
+    return build, takes, given | switched(o, given, takes)
 
 
 def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
@@ -174,6 +185,9 @@ def _one(c: RunConfig, model: Model, schedule: Schedule) -> Transform:
     arguments = dict(o.arguments)
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(arguments["dtype"], arguments["dtype"])
+    if o.name in NAMES and (strange := [key for key in arguments if key not in takes]):
+        legal = ", ".join(key for key in takes if key not in ("learning_rate", *KEYWORDS, *ours))
+        raise ConfigError(f"optimizer.arguments.{strange[0]}: {o.name} has no {strange[0]}, it has {legal or 'no others'}")
     try:
         tx: Transform = build(schedule, **{**given, **arguments})
     except TypeError as error:
@@ -192,34 +206,6 @@ def _clip(text: str) -> Any:
         return float(text)
     except ValueError:
         raise ConfigError(f"optimizer.clip = {text}: a number, t**0.25, or off") from None
-
-
-def _switched(o: configs.Optimizer, given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:
-    """betas and vs that change at optimizer.switch's update."""
-    known = ("at", "betas", "vs", "reset", "lr_scale")
-    if not o.switch:
-        return {}
-    if unknown := sorted(o.switch.keys() - set(known)):
-        raise ConfigError(f"optimizer.switch.{unknown[0]}: known are {', '.join(known)}")
-    if "at" not in o.switch:
-        raise ConfigError("optimizer.switch.at: the update, counted from 0, from which the new values hold")
-    out: dict[str, Any] = {}
-    for key in ("betas", "vs"):
-        if key not in o.switch:
-            continue
-        if key not in takes:
-            raise ConfigError(f"optimizer.switch.{key}: {o.name} has no {key}")
-        old, new = given.get(key, takes[key].default), tuple(o.switch[key])
-        if len(old) != len(new):
-            raise ConfigError(f"optimizer.switch.{key} = {new}: as many as before, {tuple(old)}")
-        out[key] = tuple(Switch(float(a), float(b), int(o.switch["at"])) for a, b in zip(old, new, strict=True))
-    if o.switch.get("reset"):
-        if "betas" not in takes:
-            raise ConfigError(f"optimizer.switch.reset: {o.name} has no betas, whose momenta would begin anew")
-        betas = out.get("betas", given.get("betas", takes["betas"].default))
-        moments = [b if isinstance(b, Switch) else Switch(b, b, int(o.switch["at"])) for b in betas[:-1]]
-        out["betas"] = (*(replace(b, reset=True) for b in moments), betas[-1])
-    return out
 
 
 def resumed(c: RunConfig) -> RunConfig:

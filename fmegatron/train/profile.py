@@ -17,6 +17,9 @@ class Traces:
 
     def __init__(self, c: Profile, folder: Path, mesh: Mesh) -> None:
         self.c, self.folder, self.rank = c, folder, mesh.rank or 0
+        ranks = mesh.size if mesh.rank is not None else 1
+        if c.steps and (far := [rank for rank in c.ranks if not 0 <= rank < ranks]):
+            raise ValueError(f"profile.ranks = {list(c.ranks)}: there is no {far[0]}, processes are 0 to {ranks - 1}")
         self.cuda = torch.device(mesh.device).type == "cuda"
         self.wanted = range(c.steps[0], c.steps[1] + 1) if c.steps and self.rank in c.ranks else range(0)
         self.open: tuple[int, Any] | None = None

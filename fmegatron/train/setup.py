@@ -27,6 +27,7 @@ from fmegatron.models.model import Node, Values
 from fmegatron.nn import losses
 from fmegatron.sharding import RULES, Mesh, Rules, Sharding, make_mesh, thread_mesh, virtual_mesh
 from fmegatron.sharding.zigzag import check_length
+from fmegatron.toml import unheard
 from fmegatron.train import together
 from fmegatron.train.flops import step_flops
 from fmegatron.train.lowbits import lowered
@@ -120,6 +121,11 @@ def semisync_of(c: RunConfig) -> SemiSync | None:
         if changed:
             raise ConfigError(f"semisync.{changed[0]}: say semisync.params too, the steps between meetings of the parameters")
         return None
+    if s.outer is None:
+        unheard("semisync", s, ("outer_lr", "outer_arguments"), "semisync.outer")
+    periods = list(s.moments.values()) if isinstance(s.moments, dict) else [s.moments]
+    if not all(type(period) is int for period in periods):
+        raise ConfigError(f"semisync.moments = {s.moments}: periods are whole numbers of steps, 0 for never")
     outer = None if s.outer is None else outer_of(s.outer, s.outer_lr, s.outer_arguments)
     dtype = torch.bfloat16 if s.dtype == "bf16" else None
     try:

@@ -9,6 +9,7 @@ import torch
 from fmegatron import optim
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.optim import BatchSizes
+from fmegatron.toml import unheard
 
 
 def sizes_of(c: RunConfig) -> BatchSizes:
@@ -17,9 +18,11 @@ def sizes_of(c: RunConfig) -> BatchSizes:
     if t.rampup_batch and t.batch_sizes:
         raise ConfigError("training.rampup_batch and training.batch_sizes are both set: a batch grows in one way")
     try:
+        if not t.batch_sizes:
+            unheard("training", t, ("batch_unit",), "training.batch_sizes")
         if t.rampup_batch:
             if len(t.rampup_batch) != 3:
-                raise ValueError(f"training.rampup_batch = {t.rampup_batch}: start, increment, samples")
+                raise ValueError(f"rampup_batch = {list(t.rampup_batch)}: start, increment, samples")
             start, increment, samples = t.rampup_batch
             sizes = optim.rampup(start, increment, samples, t.global_batch)
         elif t.batch_sizes:

@@ -110,7 +110,7 @@ def test_spikes_are_measured_by_the_first_samples():
         assert watch.limits(c) == {"loss": math.inf, "grad_norm": math.inf}
         watch = watch.saw({"loss": loss, "grad_norm": norm}, c)
     assert watch.limits(c) == {"loss": 15.0, "grad_norm": 1.0} and watch.saw({"loss": 9.0, "grad_norm": 9.0}, c) == watch
-    assert watch.limits(Faults(spike={"loss": 3.0}, spike_samples=2), overflows=True) == {"loss": 15.0}
+    assert watch.limits(Faults(rerun=True, spike={"loss": 3.0}, spike_samples=2), overflows=True) == {"loss": 15.0}
     out = judge(c=Faults(rerun=True, spike={"loss": 1.1}, spike_samples=1), watch=Watch({"loss": 1.0}, 1))
     assert "loss = 2.4" in out.said and "(limit 1.1)" in out.said and same(bits(out.state), SKIPPED)
 
@@ -203,7 +203,15 @@ def test_a_spiking_loss_is_caught(tmp_path, capsys):
     ({"faults": {"inject": ["persistent:5"], "rerun": True}}, "faults.inject = persistent:5"),
     ({"faults": {"rerun": True}, "training": {"deterministic": False}}, "set training.deterministic, or a faults.tolerance"),
     ({"faults": {"elsewhere": True}}, "need faults.rerun = true"),
-    ({"faults": {"spike": {"loss": 0.5}}}, "expected metric = factor, each above 1"),
+    ({"faults": {"rerun": True, "spike": {"loss": 0.5}}}, "expected metric = factor, each above 1"),
+    ({"faults": {"rerun": True, "spike": {"los": 5}}}, "faults.spike.los: a step has no number of that name"),
+    ({"faults": {"on_bad": "rollback"}}, 'on_bad = "rollback" does nothing without faults.rerun = true'),
+    ({"faults": {"rerun": True, "rollback_batches": 3}}, "does nothing without faults.on_bad = rollback"),
+    ({"faults": {"straggler_ratio": 2.0}}, "does nothing without faults.stragglers"),
+    ({"faults": {"inject": ["silent:2"]}}, "it is found by faults.recheck"),
+    ({"faults": {"inject": ["kill:0:0"]}}, "STEP counted from 1"),
+    ({"faults": {"inject": ["hang:2:7"]}}, "processes are 0 to 0"),
+    ({"local": {"interval": 2}}, "does nothing without local.folder"),
 ])
 def test_mistakes(groups, said, tmp_path):
     with pytest.raises(ConfigError, match=said.replace("(", r"\(")):

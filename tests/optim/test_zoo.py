@@ -277,11 +277,15 @@ def test_a_scaled_schedule():
 
 
 @pytest.mark.parametrize("build, word", [
-    (lambda: optim.qhadamw(1e-3, vs=(0.5, 0.2)), "one momentum"), (lambda: optim.aggmo_adamw(1e-3, vs=(0.5, 0.2)), "one beta"),
+    (lambda: optim.qhadamw(1e-3, vs=(0.5, 0.2)), "one momentum"),
+    (lambda: optim.aggmo_adamw(1e-3, vs=(0.5, 0.2)), "3 are needed, one for each momentum"),
     (lambda: optim.aggmo_adopt(1e-3, betas=TWO, vs=(0.9, 0.2)), "at most 1"),
     (lambda: optim.lion(1.0, betas=(1.0, 0.9)), "1.0"),
     (lambda: optim.qhadamw(lambda count: count, weight_decay=0.1), "optim.Rate"),
-    (lambda: optim.adopt(1e-3, betas=(0.9, Switch(0.9, 1.5, 3))), "1.5")])
+    (lambda: optim.adopt(1e-3, betas=(0.9, Switch(0.9, 1.5, 3))), "0.9, 0.9 then 1.5: each must be"),
+    (lambda: optim.adopt(1e-3, betas=(0.9, Switch(0.9, 0.9, 3, reset=True))), "cannot be reset"),
+    (lambda: optim.adopt(1e-3, clip=0.0), "above 0"), (lambda: optim.adopt(1e-3, clip=math.nan), "above 0"),
+    (lambda: optim.sgd(1e-3, momentum=1.5), "below 1"), (lambda: optim.muon(1e-3, steps=0), "at least 1")])
 def test_errors(build, word):
     with pytest.raises(ValueError, match=word):
         build()

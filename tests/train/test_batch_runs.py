@@ -59,9 +59,11 @@ def test_microbatches_are_never_larger_than_those_of_the_end():
 
 @pytest.mark.parametrize("more, said", [
     ("--training.rampup_batch [2,4,12]", "a ramp from 2 to 8 by 4"),
-    ("--training.rampup_batch [2,2]", "training.rampup_batch = (2, 2): start, increment, samples"),
+    ("--training.rampup_batch [2,2]", "rampup_batch = [2, 2]: start, increment, samples"),
     ("--training.rampup_batch [2,2,12] --mesh.dp 4 --mesh.virtual true", "a batch of 2 does not divide into 4 parts"),
     ("--training.batch_sizes 0:4", "training.batch_sizes grow to 4, and training.global_batch is 8"),
+    ("--training.batch_unit tokens", "does nothing without training.batch_sizes"),
+    ("--model.mup.embed 0", "model.mup.embed = 0: expected an int of at least 1"),
     ("--model.mup.width 3", "model.mup.width: the base's embed"),
     ("--model.mup.embed 16 --optimizer.name lion", "its scales are of adamw"),
     ("--model.overrides.fp32_residual true --model.overrides.norm_at post", "fp32_residual with norm_at = post"),

@@ -189,6 +189,9 @@ WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-
     ("--non-persistent-save-interval 10 --non-persistent-ckpt-type local --non-persistent-local-ckpt-dir /disk --replication "
      "--replication-jump 4 --replication-factor 3",
      {"local.interval": 10, "local.folder": "/disk", "local.jump": 4, "local.factor": 3}),
+    ("--optimizer sgd --lr-decay-style inverse-square-root --lr-decay-iters 30", {
+        "optimizer.momentum": 0.9, "optimizer.schedule": "inverse_sqrt", "optimizer.warmup": 0, "optimizer.decay_steps": 30}),
+    ("--optimizer lion --min-lr 1e-5 --lr 1e-4", {"optimizer.betas": None, "optimizer.name": "lion"}),
     ("--manual-gc --manual-gc-interval 7 --no-manual-gc-eval", {"training.collect": 7}),
     ("--manual-gc-interval 7", {"training.collect": 50}),
     ("--profile --profile-step-start 3 --profile-step-end 5 --profile-ranks 0 1 --train-iters 9 --log-params-norm",
@@ -265,6 +268,15 @@ async_mode = "async"
 [activation_checkpoint]
 mode = "selective"
 """
+
+
+def test_what_torchtitan_does_not_say_has_its_defaults():
+    given = {"lr_scheduler": {"decay_type": "sqrt"}, "training": {"gc_freq": 20}}
+    table, unknown = migrate_titan.from_torchtitan(given)
+    run = toml.update(config.RunConfig(), table, "test")
+    assert (run.optimizer.lr, run.optimizer.warmup, run.training.steps, run.training.collect) == (8e-4, 200, 10000, 20)
+    assert (run.optimizer.schedule, run.optimizer.decay_shape, run.optimizer.decay_steps) == ("wsd", "minus_sqrt", 9800)
+    assert not unknown
 
 
 def test_torchtitan_toml_becomes_ours(tmp_path, capsys):

@@ -154,12 +154,24 @@ def test_without_wandb_one_line_says_what_to_install(corpus, tmp_path, monkeypat
     assert capsys.readouterr().err == "fmegatron: log.wandb is set and wandb is not installed: pip install wandb\n"
 
 
+def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**more):
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match=r"log.wandb = fm: No API key configured.* WANDB_MODE=offline"):
+        metrics.WandB(tmp_path, "fm", "run", {})
+
+
 @pytest.mark.parametrize("more, said", [
     (["--validation.full=true", "--validation.batches=3"], "validation.full = true and validation.batches = 3: drop one"),
     (["--monitors.per_parameter=true"], "monitors.per_parameter = true needs monitors.optimizer"),
     (["--profile.steps=[5, 3]"], "profile.steps = [5, 3]: the first and the last step"),
     (["--profile.stack=true"], "profile.shapes, stack and memory need profile.steps"),
     (["--profile.steps=[3, 9]"], "profile.steps = [3, 9]: the run has 4 steps"),
+    (["--profile.steps=[1, 2]", "--profile.ranks=5"], "profile.ranks = [5]: there is no 5, processes are 0 to 0"),
     (["--validation.sets.x=/no/where"], "validation.sets.x = /no/where: no file /no/where.bin"),
     (["--validation.sets.a/b=/no/where"], "validation.sets: 'a/b' is no name"),
     (["--monitors.unigram=/no/counts.json"], "monitors.unigram = /no/counts.json: text, or a JSON file of counts"),

@@ -83,6 +83,8 @@ def test_explain_shows_what_meetings_cost():
     (("--semisync.moments=4",), "semisync.moments: say semisync.params too"),
     (("--semisync.params=2", "--semisync.outer=sdg"), "semisync.outer = sdg: known are adamw"),
     (("--semisync.params=2", "--semisync.outer=sgd", "--semisync.outer_arguments={beta = 1}"), "semisync.outer_arguments: "),
+    (("--semisync.params=2", "--semisync.outer_lr=0.5"), "outer_lr = 0.5 does nothing without semisync.outer"),
+    (("--semisync.params=2", "--semisync.moments={mu = 'x', nu = 2}"), "periods are whole numbers of steps"),
     (("--semisync.params=2", "--semisync.fragments=3"), "semisync: fragments = 3"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(more, said):

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from fmegatron.config import ConfigError, RunConfig
 from fmegatron.data import Rows, Skip
 from fmegatron.sharding import Mesh
+from fmegatron.toml import unheard
 from fmegatron.train.faults.ends import Ends
 from fmegatron.train.faults.exits import BAD_RESULT, ELSEWHERE, Halt
 from fmegatron.train.faults.inject import BAD, injected, parse
@@ -84,9 +85,18 @@ class Guard:
         self._stack = ExitStack()
         launch = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         faults = parse(config.faults.inject)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if far := [fault for fault in faults if fault.by_rank and int(fault.where) >= ranks]:
+            raise ConfigError(f"faults.inject: {far[0].kind} of rank {far[0].where}, processes are 0 to {ranks - 1}")
 
         def run(state: TrainState, batch: Any, limits: Limits, number: int, attempt: int) -> tuple[TrainState, Metrics]:
-            return step(state, batch, limits)
+            try:
+                return step(state, batch, limits)
+            except KeyError as error:  # the names are known when a step has been made
+                if error.args[0] not in limits:
+                    raise
+                said = f"faults.spike.{error.args[0]}: a step has no number of that name"
+                raise ConfigError(f"{said}; loss and grad_norm are, and what else metrics.jsonl has of the loss") from None
 
         self._run = injected(run, faults, rank=self.rank, devices=self.devices, launch=launch)
         f = config.faults
@@ -207,3 +217,7 @@ def check(c: RunConfig) -> None:
         raise ConfigError("faults.rerun and recheck compare two runs: set training.deterministic, or a faults.tolerance")
     if not f.rerun and (f.elsewhere or [fault for fault in parse(f.inject) if fault.kind in BAD]):
         raise ConfigError("faults.elsewhere and injected bad results need faults.rerun = true")
+    if not f.recheck and any(fault.kind == "silent" for fault in parse(f.inject)):
+        raise ConfigError("faults.inject = silent:...: it is found by faults.recheck, the steps between; set it")
+    if not c.local.folder:
+        unheard("local", c.local, ("interval", "factor", "jump"), "local.folder")

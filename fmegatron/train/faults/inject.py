@@ -40,6 +40,11 @@ class Fault:
     step: int
     where: str = ""
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether `where` is a rank, not a device."""
+        return self.kind not in (*BAD, "silent")
+
 
 def parse(lines: Sequence[str]) -> list[Fault]:
     """The faults that lines name. Raises ConfigError, naming the line."""
@@ -47,11 +52,12 @@ def parse(lines: Sequence[str]) -> list[Fault]:
     for line in lines:
         kind, _, rest = line.partition(":")
         step, _, where = rest.partition(":")
-        by_rank = kind not in (*BAD, "silent")
-        named = where.isdigit() if by_rank else bool(where) or kind != "persistent"
-        if kind not in KINDS or not step.isdigit() or not named:
-            raise ConfigError(f"faults.inject = {line}: expected KIND:STEP:RANK, KIND one of {', '.join(KINDS)}")
-        found.append(Fault(kind, int(step), where))
+        fault = Fault(kind, int(step) if step.isdigit() else 0, where)
+        named = where.isdigit() if fault.by_rank else bool(where) or kind != "persistent"
+        if kind not in KINDS or fault.step < 1 or not named:
+            said = "expected KIND:STEP:RANK, STEP counted from 1"
+            raise ConfigError(f"faults.inject = {line}: {said}, KIND one of {', '.join(KINDS)}")
+        found.append(fault)
     return found
 
 
