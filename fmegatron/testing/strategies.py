@@ -85,7 +85,8 @@ def configs(draw: Draw, rules: Rules, mesh: Mapping[str, int], few_kv: bool = Fa
     layers = draw(st.sampled_from((2, 1, 3)))
     padded = pad or draw(st.booleans())
     vocab = draw(st.sampled_from((19, 24, 31)))
-    learned = draw(st.sampled_from(("rope", "learned", "none")))
+    positions, window = draw(st.sampled_from(("rope", "learned", "none"))), draw(st.sampled_from((None, 3)))
+    turns = positions == "rope"  # a config refuses what would do nothing
     softcap = draw(st.sampled_from((None, 5.0)))
     return Config(
         layers=layers,
@@ -97,12 +98,12 @@ def configs(draw: Draw, rules: Rules, mesh: Mapping[str, int], few_kv: bool = Fa
         vocab=vocab if padded else vocab_over * math.ceil(vocab / vocab_over),
         vocab_pad=draw(st.sampled_from((8, 2, 5))) if padded else 1,
         context=64,
-        positions=learned,
-        rope_fraction=draw(st.sampled_from((1.0, 0.5) if hd == 4 else (1.0,))),
-        rope_interleaved=draw(st.booleans()),
-        window=draw(st.sampled_from((None, 3))),
-        no_window=draw(st.sampled_from((0, 2))),
-        no_rope=draw(st.sampled_from((0, 2))),
+        positions=positions,
+        rope_fraction=draw(st.sampled_from((1.0, 0.5) if hd == 4 and turns else (1.0,))),
+        rope_interleaved=turns and draw(st.booleans()),
+        window=window,
+        no_window=draw(st.sampled_from((0, 2) if window else (0,))),
+        no_rope=draw(st.sampled_from((0, 2) if turns else (0,))),
         qk_norm=draw(st.sampled_from(("norm", "none", "l2"))),
         qk_layer_scaling=softcap is None and draw(st.booleans()),
         attention_softcap=softcap,
