@@ -24,4 +24,4 @@ class Fp8:
     wgrad: bool = option(True, "weights' gradients too are products of few bits")
     history: int = option(1, "of delayed: steps whose largest values are remembered", at_least=1)
     algorithm: Literal["max", "most_recent"] = option("most_recent", "of delayed: which of them sets the scale")
-    gather: bool = option(True, "tensorwise, blockwise: shards of weights are gathered in 8 bits")
+    gather: bool = option(True, "tensorwise, delayed, blockwise: shards of weights are gathered in 8 bits")

@@ -37,8 +37,8 @@ class Lowered:
 
     history: of delayed scaling, fp32 [3, steps], the newest last: the largest values of x, of the weight, and of the result's
     gradient. site: its name, under which this step's are tapped; the gradient's comes as the cotangent of history's last place.
-    payload, top: the weight as it was gathered, in 8 bits (uint8), and the whole one's largest value [0-D], or that of each of
-    its boxes [blocks along each dim]; `tensor` then has its shape, dtype and gradient, but no values.
+    payload, top: the weight as it was gathered, in 8 bits (uint8), and the whole one's largest value [0-D] (of delayed scaling
+    this shard's), or that of each of its boxes [blocks along each dim]; `tensor` has its shape, dtype, gradient, no values.
     """
 
     tensor: Tensor
@@ -74,7 +74,7 @@ class Lowered:
         self._check(sh, names, (x.shape[-k - 1], matrix.shape[1], matrix.shape[0]))
         flat, on = x.flatten(-k).flatten(0, -2), lines(sh, plan, names, self.recipe, sh.kernels)
         if self.history is not None and sh.taps is not None:
-            for which, z in (("x", flat), ("w", matrix)):
+            for which, z in (("x", flat), ("w", matrix if self.top is None else self.top.to(matrix.dtype))):
                 sh.tap(f"fp8/{{layer}}/{self.site}.{which}", z.detach().abs(), "", "max")
         tops = self._tops()
         key = (plan.left, *names[:2], self.recipe, self.site if tops is not None else "")
@@ -82,7 +82,8 @@ class Lowered:
             shared[key] = operand(flat.detach(), sh.rank, on, None if tops is None else tops[0])
         low: tuple[Tensor | None, ...] = (None, None)
         if self.payload is not None and self.top is not None:
-            of = flattened(run(self.top, sh.rank, plan.right)) if self.top.dim() else self.top.reshape(1, 1)
+            one = self.top if tops is None else tops[1].to(self.top.dtype)
+            of = flattened(run(self.top, sh.rank, plan.right)) if self.top.dim() else one.reshape(1, 1)
             block = self.recipe.operand.inner
             if block is not None and (of.shape[0] * block, of.shape[1] * block) != matrix.shape:
                 raise ValueError(f"{self.site}: a product over other dims than it is declared with: set fp8.gather = false")
@@ -93,10 +94,7 @@ class Lowered:
 
     def _tops(self) -> Tensor | None:
         """The largest values that set the scales of x, of the weight and of the gradient [3]; None: those of this step."""
-        if self.history is None:
-            return None
-        history = self.history.detach()
-        return history.amax(-1) if self.recipe.algorithm == "max" else history[:, -1]
+        return None if self.history is None else settled(self.history.detach(), self.recipe)
 
     def _check(self, sh: Sharding, names: tuple[tuple[str, ...], ...], sizes: tuple[int, ...]) -> None:
         block = self.recipe.operand.inner
@@ -109,6 +107,11 @@ class Lowered:
                     f"recipe {self.recipe.name} has a scale for each block of {block}: {which[-1]} of {part} on a rank does "
                     f"not divide into them, choose multiples of {block} or a recipe without blocks (tensorwise, rowwise)"
                 )
+
+
+def settled(history: Tensor, recipe: Recipe) -> Tensor:
+    """Which largest values of a history [3, steps] set the scales of x, of the weight and of the gradient [3]."""
+    return history.amax(-1) if recipe.algorithm == "max" else history[:, -1]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which weights of few bits travel so, and by which scales.
 
 A shard is rounded before it travels where its scales are those that the whole weight would have: one for all of it
-(tensorwise), or one a square of the flattened matrix, where each rank's shard is whole squares (blockwise).
+(tensorwise), one that the steps before have set (delayed), or one a square of the flattened matrix, where each rank's shard
+is whole squares (blockwise).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fmegatron.kernels.quantize import Recipe, boxes
 from fmegatron.models.model import Node
+from fmegatron.nn.lowbits import settled
 from fmegatron.nn.param import matrix
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.bucket import run_together
@@ -29,7 +31,7 @@ Key = TypeVar("Key")
 
 def travels(sh: Sharding, recipe: Recipe, leaf: Leaf) -> Counts | str:
     """The blocks of a rank's shard of a weight that is gathered in 8 bits; or why it travels whole."""
-    if recipe.name == "tensorwise":
+    if recipe.name in ("tensorwise", "delayed"):
         return ()
     view, block = matrix(leaf.param), recipe.operand.inner
     if recipe.name != "blockwise" or view is None or block is None:
@@ -55,15 +57,22 @@ def travels_low(sh: Sharding, node: Node, name: str, leaf: Leaf) -> tuple[Recipe
 
 
 def gathered_tops(
-    sh: Sharding, tops: Mapping[Key, Tensor], low: Mapping[Key, tuple[Leaf, Counts]]
+    sh: Sharding, tops: Mapping[Key, Tensor], low: Mapping[Key, tuple[Leaf, Counts]],
+    histories: Mapping[Key, tuple[Leaf, Tensor, Recipe]],
 ) -> dict[Key, tuple[Tensor, Tensor]]:
     """Of the largest values of shards' blocks: those to round the shards by, and those of the weights that arrive. One small
     collective an axis for all of them that have one scale, and one for all others.
+
+    histories: of delayed scaling, the leaf of a weight's history and this rank's part of it. Such a shard is rounded by what
+    they say, and its own largest value is what arrives: the block makes history of it.
     """
-    ones = [key for key, (_, counts) in low.items() if not counts]
-    squares = [key for key in low if key not in ones]
+    ones = [key for key, (_, counts) in low.items() if not counts and key not in histories]
+    squares = [key for key, (_, counts) in low.items() if counts]
+    past = run_together([x for _, x, _ in histories.values()], [leaf.gather for leaf, _, _ in histories.values()], sh.rank)
     whole = run_together([tops[key] for key in squares], [low[key][0].gather for key in squares], sh.rank)
     found = {key: (tops[key], x) for key, x in zip(squares, whole, strict=True)}
+    for (key, (_, _, recipe)), history in zip(histories.items(), past, strict=True):
+        found[key] = settled(history, recipe)[1].to(tops[key].dtype), tops[key]
     if ones:
         axes = {axis for key in ones for axis in low[key][0].storage.placed}
         ops = [Pmax(axis) for axis in sh.mesh.axes if axis.name in axes]

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from fmegatron import tree
-from fmegatron.kernels.quantize import eight_bits, largest_of, tops
+from fmegatron.kernels.quantize import Recipe, eight_bits, largest_of, tops
+from fmegatron.models.lower import AMAX
 from fmegatron.models.model import Node
 from fmegatron.nn.lowbits import PAYLOAD, TOP
 from fmegatron.sharding import Sharding
 from fmegatron.sharding.bucket import Finish, start
 from fmegatron.train.leaves import Leaf
-from fmegatron.train.lowgather import EIGHT, gathered_tops, travels, travels_low
+from fmegatron.train.lowgather import EIGHT, Counts, gathered_tops, travels, travels_low
 from fmegatron.tree import Tree
+
+Key = tuple[str, int | None]  # a leaf's path, and the layer where it is stacked
 
 
 def node_leaves(node: Node, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -96,18 +99,25 @@ class Weights:
         self.ahead = ahead
         self.pending: deque[tuple[Node, Finish]] = deque()
         self.whole: dict[str, Tensor] = {}  # leaves that need no gather, cast once for the whole step
-        self.tops: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}  # largest values of what goes, and comes, in 8 bits
+        self.tops: dict[Key, tuple[Tensor, Tensor]] = {}  # largest values of what goes, and comes, in 8 bits
 
     def plan(self, visits: Sequence[Node]) -> None:
         """Add visits to come."""
         self.visits.extend(visits)
-        low = {(leaf.path, node.layer): (leaf, how[1]) for node in visits
-               for name, leaf in node_leaves(node, self.leaves).items()
-               if (how := travels_low(self.sh, node, name, leaf)) and (leaf.path, node.layer) not in self.tops}  # fmt: skip
+        low, histories = dict[Key, tuple[Leaf, Counts]](), dict[Key, tuple[Leaf, Tensor, Recipe]]()
+        for node in visits:
+            own = node_leaves(node, self.leaves)
+            for name, leaf in own.items():
+                how, key = travels_low(self.sh, node, name, leaf), (leaf.path, node.layer)
+                if how is not None and key not in self.tops:
+                    low[key] = leaf, how[1]
+                    if how[0].name == "delayed":
+                        history = own[name + AMAX]
+                        histories[key] = history, self._local(history, node.layer), how[0]
         if low:
             mine = {key: largest_of(self._cast(tops(self._local(leaf, key[1]), counts), leaf))
                     for key, (leaf, counts) in low.items()}  # fmt: skip
-            self.tops |= gathered_tops(self.sh, mine, low)
+            self.tops |= gathered_tops(self.sh, mine, low, histories)
 
     def _local(self, leaf: Leaf, layer: int | None) -> Tensor:
         x = self.params[leaf.path]

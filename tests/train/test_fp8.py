@@ -45,6 +45,7 @@ CONFIG = Config(layers=2, embed=32, heads=4, kv=2, mlp=48, vocab=64)
 
 
 TENSORWISE, BLOCKWISE = recipe("tensorwise"), recipe("blockwise", block=4)
+DELAYED = recipe("delayed", history=4, algorithm="max")
 
 
 @pytest.mark.parametrize(("how", "rules", "sizes", "dtype"), [
@@ -55,6 +56,9 @@ TENSORWISE, BLOCKWISE = recipe("tensorwise"), recipe("blockwise", block=4)
     (BLOCKWISE, "fsdp_tp_sp", {"dp": 2, "tp": 2}, None),
     (BLOCKWISE, "fsdp", {"dp": 2}, torch.bfloat16),
     (recipe("blockwise", block=8), "fsdp", {"dp": 2, "fsdp": 2}, None),
+    (DELAYED, "fsdp", {"dp": 4}, None),  # the history is cut along its steps, and gathered
+    (recipe("delayed", history=3), "fsdp_tp_sp", {"dp": 2, "tp": 2}, None),
+    pytest.param(recipe("delayed", history=2), "fsdp", {"dp": 2}, torch.bfloat16, marks=pytest.mark.long),
 ], ids=lambda x: x.name if isinstance(x, Recipe) else str(x))  # fmt: skip
 def test_weights_gathered_in_eight_bits_are_the_same_bit_for_bit(how, rules, sizes, dtype):
     tokens = torch.arange(8 * 17).reshape(8, 17) % 61
@@ -66,7 +70,7 @@ def test_weights_gathered_in_eight_bits_are_the_same_bit_for_bit(how, rules, siz
         batch = whole if gather is None else {name: shard(sh, x, "batch seq") for name, x in whole.items()}
         step = make_step(model, tx, sh, dtype=dtype)
         state = init(model, tx, sh, 0, dtype=torch.float64 if dtype is None else torch.float32)
-        for _ in range(2):
+        for _ in range(3 if how.name == "delayed" else 2):  # a history counts from the second step on
             state, metrics = step(state, batch)
         found[gather] = [metrics["loss"].flatten()[0], *tree.leaves(state.params)]
     assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
@@ -77,7 +81,9 @@ def test_weights_gathered_in_eight_bits_are_the_same_bit_for_bit(how, rules, siz
 def test_a_weight_in_eight_bits_costs_half_of_bf16_to_gather_and_four_bytes_a_scale():
     sh, wide = Sharding(abstract_mesh(dp=4), RULES["fsdp"]), "gathered whole: rowwise has no one scale to gather by"
     weights, visits, elements = 3, 2, 32 * 48  # one layer's matrices, gathered forward and backward; their scales once a step
-    for kind, of_ones, of_squares in ((TENSORWISE, weights, 0), (BLOCKWISE, 0, weights * elements // 4**2)):
+    cases = ((TENSORWISE, weights, 0), (BLOCKWISE, 0, weights * elements // 4**2),
+             (DELAYED, 0, weights * 3 * 4))  # fmt: skip; a history of 4 steps lies over 4 ranks
+    for kind, of_ones, of_squares in cases:
         sent = {}
         for gather in (True, False):
             how = {"layers.*.mlp.*": kind, "layers.*": recipe("rowwise")}
