@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fmegatron.nn.attention import Attention
 from fmegatron.nn.losses import Loss
@@ -116,7 +117,8 @@ class Config:
             raise ValueError("qk_layer_scaling and attention_softcap are both set: use one")
         if self.kv_lora is not None:
             self._check_latent()
-        self._check_used()
+        for name, words in idle(vars(self)).items():
+            raise ValueError(f"{name} = {getattr(self, name)} does nothing without {words}")
         if self.mtp and self.positions == "learned":
             raise ValueError(f"mtp = {self.mtp} with learned positions: a layer that looks ahead has none, use rope")
 
@@ -131,25 +133,6 @@ class Config:
         for name, value in plain.items():
             if getattr(self, name) not in (value, self.heads if name == "kv" else value):
                 raise ValueError(f"{name} = {getattr(self, name)!r} is of plain attention: leave it out with kv_lora")
-
-    def _check_used(self) -> None:
-        """ValueError where an option does nothing without another."""
-        needs = {
-            "rope_base rope_window_base rope_fraction rope_interleaved rope_interpolation rope_scaling": (
-                self.positions == "rope", "positions = rope"),
-            "no_rope": (self.positions == "rope" or not any(chosen(self.no_rope, i) for i in range(self.layers)),
-                        "positions = rope"),
-            "rope_window_base": (self.window is not None, "a window"),
-            "no_window": (self.window is not None or not isinstance(self.no_window, int), "a window"),
-            "norm_bias": (self.norm == "layer", "norm = layer"),
-            "q_lora rope_hd v_hd": (self.kv_lora is not None, "latent attention: kv_lora"),
-            "qk_clip_alpha": (self.qk_clip is not None, "qk_clip"),
-            "mtp_weight": (self.mtp, "mtp, modules that look ahead"),
-        }  # fmt: skip
-        for names, (met, words) in needs.items():
-            for name in () if met else names.split():
-                if (value := getattr(self, name)) != getattr(Config, name):
-                    raise ValueError(f"{name} = {value} does nothing here: it needs {words}")
 
     @property
     def sizes(self) -> dict[str, int | Size]:
@@ -215,6 +198,27 @@ class Config:
         """Whether training differs from evaluation, by dropout or a router's noise."""
         rates = max(self.embed_dropout, self.attention_dropout, self.hidden_dropout)
         return rates > 0 or (self.moe is not None and self.moe.trains_otherwise)
+
+
+def idle(values: Mapping[str, Any]) -> dict[str, str]:
+    """{option: what it does nothing without} of a decoder's options that are set in vain; one not given has its default."""
+
+    def given(name: str) -> Any:
+        return values.get(name, getattr(Config, name, None))
+
+    rope, window = given("positions") == "rope", given("window") is not None
+    met = {
+        "rope_base rope_fraction rope_interleaved rope_interpolation rope_scaling": (rope, "positions = rope"),
+        "no_rope": (rope or not any(chosen(given("no_rope"), i) for i in range(given("layers"))), "positions = rope"),
+        "rope_window_base": (rope and window, "positions = rope and a window"),
+        "no_window": (window or not isinstance(given("no_window"), int), "a window"),
+        "norm_bias": (given("norm") == "layer", "norm = layer"),
+        "q_lora rope_hd v_hd": (given("kv_lora") is not None, "latent attention: kv_lora"),
+        "qk_clip_alpha": (given("qk_clip") is not None, "qk_clip"),
+        "mtp_weight": (given("mtp"), "mtp, modules that look ahead"),
+    }
+    unmet = {name: words for names, (has, words) in met.items() if not has for name in names.split()}
+    return {name: words for name, words in unmet.items() if given(name) != getattr(Config, name)}
 
 
 def chosen(flags: int | tuple[bool, ...], layer: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmegatron.models import presets_moe
-from fmegatron.models.config import Config
+from fmegatron.models.config import Config, idle
 from fmegatron.models.gpt import gpt
 from fmegatron.models.model import Model
 from fmegatron.nn.moe import experts_of
@@ -193,7 +193,9 @@ def config(name: str, **overrides: Any) -> Config:
     published = {**base, **sizes[size]}
     if isinstance(overrides.get("moe"), Mapping):
         plain["moe"] = experts_of(overrides["moe"], published.get("moe"))
-    return Config(**{**published, **plain})
+    own = {**published, **plain}
+    lost = idle(own).keys() - plain.keys()  # what was published of that which an override turns off
+    return Config(**{field: value for field, value in own.items() if field not in lost})
 
 
 def preset(name: str, **overrides: Any) -> Model:

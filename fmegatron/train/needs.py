@@ -1,6 +1,6 @@
 """Settings that do nothing by themselves, and what each needs: a run that sets one without it is refused in one line.
 
-    training.hysteresis needs a dynamic loss scale         pipeline.first does nothing on a mesh without stages
+    fp8.history needs recipe delayed         pipeline.first does nothing on a mesh without stages
 
 Where a need is about the size of the mesh, or about text that a run happens not to have, the run goes on and says so: the
 same file serves a laptop and a cluster.
@@ -28,11 +28,6 @@ class Need:
     refused: bool = True
 
 
-def _dynamic(c: RunConfig) -> bool:
-    t = c.training
-    return t.loss_scale == "dynamic" or (t.loss_scale is None and t.dtype == "fp16")
-
-
 def _files(c: RunConfig) -> bool:
     """Whether the text is token files, named by prefix."""
     d = c.data
@@ -56,22 +51,13 @@ OF_ALL = frozenset({"offload", "on_resume"})  # keys of [optimizer] that its gro
 OWN_TEXT = "a data.source of token files"
 NEEDS = (
     Need("model", "mup", "a model.preset, whose initial values it changes", _preset),
-    Need("training", "batch_unit", "training.batch_sizes", lambda c: c.training.batch_sizes),
-    Need("training", "initial_loss_scale min_loss_scale loss_scale_window loss_scale_growth loss_scale_backoff hysteresis",
-         "a dynamic loss scale: training.loss_scale = dynamic, or training.dtype = fp16", _dynamic),
     Need("training", "async_tp", "no mesh.virtual by vmap: add mesh.threads",
          lambda c: not c.mesh.virtual or c.mesh.threads or c.mesh.tp == 1),
     Need("training", "async_tp", "rules that lay seq over tp, such as fsdp_tp_sp", _sequence_parallel),
     Need("training", "async_tp", "mesh.tp above 1", lambda c: c.mesh.tp > 1, False),
     Need("training", "check_replicas reduce_dtype", "more than one rank", lambda c: set(c.mesh.sizes.values()) != {1}, False),
-    Need("optimizer", "min_lr", "a schedule that decays, not constant", lambda c: c.optimizer.schedule != "constant"),
-    Need("optimizer", "decay_steps", "optimizer.schedule = linear, cosine or wsd, or optimizer.warmup_fraction",
-         lambda c: c.optimizer.schedule in ("linear", "cosine", "wsd") or c.optimizer.warmup_fraction is not None),
-    Need("optimizer", "decay_shape", "optimizer.schedule = wsd", lambda c: c.optimizer.schedule == "wsd"),
     Need("optimizer", "warmup_init", "optimizer.warmup above 0, or warmup_fraction",
          lambda c: c.optimizer.warmup_fraction if c.optimizer.warmup_fraction is not None else c.optimizer.warmup),
-    Need("optimizer", "weight_decay_shape", "optimizer.weight_decay_start",
-         lambda c: c.optimizer.weight_decay_start is not None),
     Need("optimizer", "arguments", "no model.mup, whose optimizer takes none", lambda c: not c.model.mup),
     Need("sharding", "context zigzag", "mesh.cp above 1", lambda c: c.mesh.cp * c.mesh.cpa > 1, False),
     Need("pipeline", "schedule virtual layout first last count_embedding count_loss remat_microbatches", "mesh.pp above 1",
@@ -82,12 +68,6 @@ NEEDS = (
     Need("checkpoint", "keep_every", "a checkpoint.keep: 0 keeps all", lambda c: c.checkpoint.keep),
     Need("checkpoint", "load", "checkpoint.resume, which it is of", lambda c: c.checkpoint.resume),
     Need("checkpoint", "export_dtype", "checkpoint.last_model_only = true", lambda c: c.checkpoint.last_model_only),
-    Need("faults", "spike spike_samples on_bad", "faults.rerun = true", lambda c: c.faults.rerun),
-    Need("faults", "tolerance on_fault", "faults.rerun, or faults.recheck", lambda c: c.faults.rerun or c.faults.recheck),
-    Need("faults", "rollback_batches rollbacks", "faults.on_bad = rollback", lambda c: c.faults.on_bad == "rollback"),
-    Need("faults", "straggler_ratio", "faults.stragglers, the steps between reports", lambda c: c.faults.stragglers),
-    Need("faults", "memory_history", "faults.memory = true, whose report it is in", lambda c: c.faults.memory),
-    Need("local", "interval factor jump", "local.folder", lambda c: c.local.folder),
     Need("local", "folder", "local.interval, the steps between its checkpoints", lambda c: c.local.interval),
     Need("profile", "ranks", "profile.steps, the first and the last to trace", lambda c: c.profile.steps),
     Need("fp8", "match first last margin wgrad", "a recipe: fp8.recipe or fp8.others", _recipes),

@@ -225,5 +225,5 @@ def test_settings_that_cannot_be():
     ({"rope_window_base": 1e4 + 1}, "a window"), ({"no_window": 2}, "a window"), ({"norm_bias": False}, "norm = layer"),
     ({"v_hd": 4}, "kv_lora"), ({"rope_hd": 4}, "kv_lora"), ({"qk_clip_alpha": 0.7}, "qk_clip"), ({"mtp_weight": 0.3}, "mtp")])
 def test_an_option_in_vain_is_one_line(options, needs):
-    with pytest.raises(ValueError, match=f"does nothing here: it needs .*{needs}"):
+    with pytest.raises(ValueError, match=f"does nothing without .*{needs}"):
         Config(layers=2, embed=8, heads=2, mlp=12, vocab=11, **options)

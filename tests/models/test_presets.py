@@ -80,6 +80,13 @@ def test_modules_that_look_ahead_are_counted_apart():
     assert round((model.count() + 2 * 129280 * 7168) / 1e9) == 684
 
 
+def test_what_an_override_turns_off_takes_its_settings_along():
+    assert preset("gpt-oss:20b", positions="none").config.rope_scaling is None
+    assert preset("llama3:8b", positions="learned").config.rope_base == 10000.0
+    with pytest.raises(ValueError, match="rope_base = 2.0 does nothing without positions = rope"):
+        preset("llama3:8b", positions="learned", rope_base=2.0)
+
+
 def test_every_preset_is_a_model():
     for family, (_, sizes) in FAMILIES.items():
         for size in sizes:
