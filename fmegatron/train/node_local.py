@@ -105,7 +105,8 @@ def save_local(
 
     together(publish, lambda _: None, group)  # only once every node has all of its share does any of them show it
     replace(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
+    steps = sorted(folder.glob("step-*"))  # later ones are of a past that was given up: the nodes no longer held all of them
+    for old in [path for path in steps if path > final] + [path for path in steps if path <= final][:-2]:
         delete(old)
     return final
 
@@ -130,9 +131,10 @@ class Found:
 def find_local(folder: Path, *, group: Group = None) -> Found | None:
     """The newest step of which the surviving nodes hold every file whole; None where there is none. Every rank calls this."""
     held = together(lambda: _held(folder), list, group)
-    for step in sorted({step for own in held for step in own}, reverse=True):
-        text = next(own[step][0] for own in held if step in own)
-        found = Found(step, text, tuple(frozenset(own[step][1]) if step in own else frozenset() for own in held))
+    # by text: nodes may hold a step of two attempts, whose files do not go together
+    for step, text in sorted({(step, text) for own in held for step, (text, _) in own.items()}, reverse=True):
+        files = (own.get(step, ("", set[str]())) for own in held)
+        found = Found(step, text, tuple(frozenset(names) if said == text else frozenset() for said, names in files))
         if set(json.loads(text)["files"]) <= frozenset().union(*found.held):
             return found
     return None

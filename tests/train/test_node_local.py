@@ -66,6 +66,19 @@ def _rank(rank: int, port: int, root: str) -> None:
     assert answer is None or answer == 2, answer
     lose(0, 1, 2, 3)
     assert back() is None
+    kept = here.with_name(f"kept-{rank}")
+    for attempt in (7, 8):  # of one step: nodes 0 and 2 know the first, 1 and 3 the second, and these hold no whole step
+        piece = full(attempt)[2 * rank : 2 * rank + 2]
+        items = {"w": Chunks((8, 3), (((2 * rank, 0), piece),))} | ({"n": whole(torch.tensor(attempt))} if rank == 0 else {})
+        save_local(here, 5, items, {"s": attempt}, nodes)
+        if attempt == 7:
+            shutil.copytree(here, kept)
+    dist.barrier()
+    if rank in (0, 2):
+        shutil.rmtree(here)
+        shutil.move(kept, here)
+    dist.barrier()
+    assert back() is None
     dist.destroy_process_group()
 
 
@@ -87,3 +100,9 @@ def test_one_process_alone(tmp_path):
     save_local(tmp_path, 4, {"w": whole(full(4))}, {"s": 4}, Nodes(0, 1, factor=1))
     w = torch.zeros(8, 3)
     assert load_local(tmp_path, {"w": whole(w)}) == {"s": 4} and torch.equal(w, full(4))
+    for step in (7, 8):
+        save_local(tmp_path, step, {"w": whole(full(step))}, {"s": step}, Nodes(0, 1, factor=1))
+        os.truncate(tmp_path / f"step-0000000{step}/rank-00000.safetensors", 99)
+    save_local(tmp_path, 5, {"w": whole(full(5))}, {"s": 5}, Nodes(0, 1, factor=1))  # taken up from before what was lost
+    assert load_local(tmp_path, {"w": whole(w)}) == {"s": 5} and torch.equal(w, full(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
