@@ -5,6 +5,7 @@ Any field of `Config` can be overridden. Sizes and counts are those of the publi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -187,6 +188,8 @@ def config(name: str, **overrides: Any) -> Config:
     if unknown:
         raise ValueError(f"model has no setting {unknown[0]!r}, known are {', '.join(Config.__dataclass_fields__)}")
     plain: Fields = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
+    words = [f.name for f in dataclasses.fields(Config) if isinstance(f.default, str)]
+    plain |= {field: "none" for field in words if field in plain and plain[field] is None}  # TOML's none, of which there is one
     scaling = overrides.get("rope_scaling")
     if isinstance(scaling, Mapping):
         plain["rope_scaling"] = scaling_of(scaling)

@@ -29,6 +29,7 @@ from fmegatron.nn.param import Param
 from fmegatron.sharding.chunks import whole
 from fmegatron.train import checkpoint, migrate
 from fmegatron.train.dcp import Dcp, Inert
+from fmegatron.train.migrate_words import flags_of
 from fmegatron.tree import to_paths
 
 ATTN, MLP = "self_attention.", "mlp."
@@ -75,7 +76,7 @@ def open_model(path: Path, flags: str | None = None) -> tuple[Model, Mapping[str
     folder = _iteration(path)
     assert folder is not None
     store = Dcp.open(folder)
-    args = migrate.flags_of(Path(flags).read_text()) if flags else _args(folder)
+    args = flags_of(Path(flags).read_text()) if flags else _args(folder)
     if not args:
         raise ValueError(f"{folder}: the checkpoint does not say its model: give Megatron-LM's flags with --config FILE")
     rows = store.tensors["embedding.word_embeddings.weight"].shape[0]

@@ -9,19 +9,20 @@ matches is told in docs/migration.md.
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fmegatron import toml
 from fmegatron.config import ConfigError, RunConfig
-from fmegatron.train import migrate_flags
+from fmegatron.models.presets import config as preset
+from fmegatron.train import migrate_flags, setup
 from fmegatron.train.migrate_flags import Table, put
 from fmegatron.train.migrate_titan import from_torchtitan
+from fmegatron.train.migrate_words import flags_of, open_of
+from fmegatron.train.remat import parse_remat
 
 MODEL = {  # Megatron-LM's flag: a field of models.Config
     "num_layers": "layers", "hidden_size": "embed", "num_attention_heads": "heads", "kv_channels": "hd",
@@ -51,7 +52,8 @@ MODEL_SWITCHES = {  # read by model_of
 }  # fmt: skip
 RUN = {  # Megatron-LM's flag: our key
     "train_iters": "training.steps", "global_batch_size": "training.global_batch", "clip_grad": "training.clip_norm",
-    "seq_length": "data.seq", "data_path": "data.source", "tokenizer_model": "data.tokenizer",
+    "seq_length": "data.seq", "data_path": "data.source", "split": "data.split", "eod_mask_loss": "data.eod_mask_loss",
+    "data_cache_path": "data.cache", "tokenizer_model": "data.tokenizer",
     "reset_position_ids": "data.reset_positions", "reset_attention_mask": "data.document_mask",
     "lr": "optimizer.lr", "min_lr": "optimizer.min_lr", "lr_warmup_iters": "optimizer.warmup",
     "lr_decay_style": "optimizer.schedule", "weight_decay": "optimizer.weight_decay", "adam_eps": "optimizer.eps",
@@ -64,63 +66,60 @@ RUN = {  # Megatron-LM's flag: our key
 RUN_SWITCHES = {  # read by from_megatron
     "bf16", "fp16", "optimizer", "adam_beta1", "adam_beta2", "lr_decay_iters", "micro_batch_size", "finetune",
     "recompute_granularity", "recompute_activations", "sequence_parallel", "use_distributed_optimizer", "tensorboard_dir",
-    "use_torch_fsdp2", "use_megatron_fsdp", "dist_ckpt_strictness", "no_load_optim", "lr_wsd_decay_style", "lr_wsd_decay_iters",
+    "use_torch_fsdp2", "use_megatron_fsdp", "mock_data", "dist_ckpt_strictness", "no_load_optim",
+    "lr_wsd_decay_style", "lr_wsd_decay_iters",
 }  # fmt: skip
-STRICT = {"raise_all": "both", "raise_unexpected": "extra", "assume_ok_unexpected": "missing", "log_unexpected": "missing",
-          "log_all": "none", "ignore_all": "none", "return_all": "none", "return_unexpected": "missing"}  # fmt: skip
+NUMBERS = (*(MODEL.keys() - {"rotary_interleaved", "apply_layernorm_1p", "apply_query_key_layer_scaling"}), "num_query_groups",
+           "lr_warmup_iters", "lr_decay_iters", "train_samples", "lr_warmup_samples", "lr_decay_samples", "global_batch_size",
+           "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank",
+           "profile_step_start", "profile_step_end", "qk_head_dim", "qk_pos_emb_head_dim")  # fmt: skip
+CHECKS: Mapping[str, Callable[[RunConfig], object]] = {  # our key: raises ValueError where its value names nothing
+    "optimizer.name": setup.check_optimizer,
+    "training.remat": lambda run: parse_remat(run.training.remat),
+    "model.preset": lambda run: preset(run.model.preset),
+}
+# "unexpected" there is what the model asks for and the checkpoint lacks: missing, here
+STRICT = {"raise_all": "both", "raise_unexpected": "missing", "assume_ok_unexpected": "missing", "log_unexpected": "none",
+          "log_all": "none", "ignore_all": "none", "return_all": "none", "return_unexpected": "none"}  # fmt: skip
+DEFAULTS = {  # what Megatron-LM does where a flag is not given, and we do not
+    "optimizer.warmup": 0, "checkpoint.interval": 0, "checkpoint.keep": 0, "validation.interval": 1000,
+    "validation.batches": 100, "log.every": 100, "run.seed": 1234, "data.document_mask": False, "data.reset_positions": False,
+}  # fmt: skip
 SILENT = {"use_mcore_models", "transformer_impl", "ckpt_format", "use_flash_attn", "attention_backend", "distributed_backend",
           "no_gradient_accumulation_fusion", "use_cpu_initialization", "overlap_grad_reduce", "overlap_param_gather",
           "tokenizer_type", "num_workers", "no_masked_softmax_fusion", "masked_softmax_fusion", "no_bias_swiglu_fusion",
-          "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args", "split",
-          "attention_softmax_in_fp32"}  # fmt: skip
-
-
-def flags_of(text: str) -> Table:
-    """{"num_layers": 24, ...} from a shell script, words, or YAML lines `--num-layers: 24`. A bare flag is True; of several
-    words it is a list."""
-    text = re.sub(r"\\\n", " ", text)
-    words = [word for line in text.splitlines() for word in shlex.split(line.strip(), comments=True)]
-    found: Table = {}
-    name = None
-    for word in words:
-        word = word.rstrip(")").lstrip("(")
-        if word.startswith("--"):
-            name, equals, value = word[2:].rstrip(":").replace("-", "_").partition("=")
-            found[name] = _value(value) if equals else True
-        elif name is not None and word and not word.endswith("="):
-            old, new = found[name], _value(word)
-            found[name] = new if old is True else [*(old if isinstance(old, list) else [old]), new]
-    return found
-
-
-def _value(word: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(word.lower(), word)
+          "no_bias_dropout_fusion", "no_rope_fusion", "auto_detect_ckpt_format", "use_checkpoint_args",
+          "attention_softmax_in_fp32", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}  # fmt: skip
 
 
 def model_of(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
-    """Fields of models.Config for Megatron-LM's arguments, its defaults filled in; and what has no counterpart."""
+    """Fields of models.Config for Megatron-LM's arguments, its defaults filled in; and what has no counterpart.
+
+    Raises ConfigError where a flag without a default is not given, and where a number is none.
+    """
     need = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if not args.get(name)]
     if need:
         raise ConfigError(f"Megatron-LM's flags lack --{need[0].replace('_', '-')}: it has no default")
+    for name in NUMBERS:
+        if isinstance(args.get(name, 0), bool | str | list):
+            said = "no value" if args[name] is True else args[name]
+            raise ConfigError(f"Megatron-LM's flag --{name.replace('_', '-')} has {said}: it takes a number")
     fields: Table = {ours: args[theirs] for theirs, ours in MODEL.items() if args.get(theirs) is not None}
     embed, swiglu = args["hidden_size"], bool(args.get("swiglu"))
     fields.setdefault("mlp", int(4 * embed * 2 / 3 / 64) * 64 if swiglu else 4 * embed)
     fields.setdefault("hd", embed // args["num_attention_heads"])
     fields.setdefault("vocab", 50257)
     fields.setdefault("context", args.get("seq_length", 2048))
-    for name, value in (("vocab_pad", 128), ("hidden_dropout", 0.1), ("attention_dropout", 0.1)):
+    named = (("vocab_pad", 128), ("hidden_dropout", 0.1), ("attention_dropout", 0.1), ("rope_base", 10000), ("norm_eps", 1e-5))
+    for name, value in named:
         fields.setdefault(name, value)
     grouped = args.get("num_query_groups") if args.get("group_query_attention", True) else None
     fields["kv"] = grouped or args["num_attention_heads"]
     kind = args.get("position_embedding_type", "learned_absolute")
     rotary = kind == "rope" or args.get("use_rotary_position_embeddings")
     fields["positions"] = "rope" if rotary else {"learned_absolute": "learned", "none": "none"}.get(kind, kind)
-    fields["norm"] = {"LayerNorm": "layer", "RMSNorm": "rms"}[args.get("normalization", "LayerNorm")]
+    norm = args.get("normalization", "LayerNorm")
+    fields["norm"] = {"LayerNorm": "layer", "RMSNorm": "rms"}.get(norm)
     fields["tied"] = not args.get("untie_embeddings_and_output_weights", False)
     fused = args.get("bias_gelu_fusion", not args.get("no_bias_gelu_fusion", False))
     bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
@@ -129,31 +128,47 @@ def model_of(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     fields |= {"attention_out_bias": bias, "mlp_bias": bias, "attention_bias": bias or bool(args.get("add_qkv_bias"))}
     fields["qk_norm"] = "norm" if args.get("qk_layernorm") else "none"
     unknown = [] if fields["positions"] in ("rope", "learned", "none") else [f"position_embedding_type = {kind}"]
-    return fields, unknown
+    unknown += [] if fields["norm"] else [f"normalization = {norm}"]
+    fields |= {"positions": "rope"} if unknown and kind in unknown[0] else {}
+    return {name: value for name, value in fields.items() if value is not None}, unknown
 
 
 def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     """Our table for Megatron-LM's flags, and those that have no counterpart (with their values)."""
     fields, unknown = model_of(args)
     table: Table = {"model": {"preset": "llama3:debug", "overrides": fields}}
+    for ours, value in DEFAULTS.items():
+        put(table, ours, value)
     for theirs, ours in RUN.items():
         if args.get(theirs) is not None:
             put(table, ours, args[theirs])
     unknown += precision_of(args, table)
     for ours, value in migrate_flags.settings(args):
         put(table, ours, value)
-    if isinstance(paths := args.get("data_path"), list):  # weights and prefixes
+    if args.get("load") == args.get("save"):  # goes on with its own, as ours does unasked
+        table.get("checkpoint", {}).pop("resume", None)
+    if args.get("save_retain_interval"):  # of the others the last alone stays
+        put(table, "checkpoint.keep", 1)
+    if args.get("data_path") or args.get("mock_data"):
+        put(table, "data.order", "megatron")
+        table["data"].setdefault("split", "969,30,1")
+    if args.get("mock_data"):
+        put(table, "data.source", "mock")
+    elif isinstance(paths := args.get("data_path"), list):  # weights and prefixes
         del table["data"]["source"]
         table["data"]["blend"] = dict(zip(paths[1::2], paths[::2], strict=False))
+    if args.get("tokenizer_type") == "NullTokenizer" and args.get("vocab_size"):
+        put(table, "data.tokenizer", f"null:{args['vocab_size']}")
     if args.get("optimizer", "adam") == "sgd":
         table["optimizer"].setdefault("momentum", 0.9)
     elif args.get("optimizer") != "lion":
         put(table, "optimizer.betas", [args.get("adam_beta1", 0.9), args.get("adam_beta2", 0.999)])
     put(table, "optimizer.name", {"adam": "adamw"}.get(args.get("optimizer", "adam"), args.get("optimizer")))
     table["optimizer"].setdefault("weight_decay", 0.01)
+    if args.get("micro_batch_size") and not args.get("global_batch_size"):
+        unknown.append("global_batch_size, which is micro_batch_size times the data-parallel ranks: say training.global_batch")
     style = args.get("lr_decay_style", "linear").replace("-", "_").lower()
     put(table, "optimizer.schedule", "inverse_sqrt" if style == "inverse_square_root" else style)
-    table["optimizer"].setdefault("warmup", 0)
     if args.get("lr_decay_iters") is not None:
         put(table, "optimizer.decay_steps", args["lr_decay_iters"] - args.get("lr_warmup_iters", 0))
     if style == "wsd" and args.get("lr_wsd_decay_iters") is not None:
@@ -199,15 +214,31 @@ def precision_of(args: Mapping[str, Any], table: Table) -> list[str]:
 
 def convert_config(path: str) -> tuple[str, list[str]]:
     """(our TOML, lines for what has no counterpart) of a file of Megatron-LM's flags, or TorchTitan's TOML."""
-    text = Path(path).read_text(encoding="utf-8")
-    table, unknown = from_torchtitan(tomllib.loads(text)) if path.endswith(".toml") else from_megatron(flags_of(text))
     left = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".toml"):
+            table, unknown = from_torchtitan(tomllib.loads(text))
+        else:
+            args = flags_of(text)
+            opened = open_of(args)
+            left = [f"{name} = {value}: the file does not set it" for name, value in opened.items()]
+            table, unknown = from_megatron({name: value for name, value in args.items() if name not in opened})
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     run = RunConfig()
     for key, value in _leaves(table):
         try:
             run = toml.update(run, _nested(key, value), path)
         except ConfigError as error:  # a value that ours cannot take is told, not lost
             left.append(str(error).removeprefix(f"{path}: "))
+    for key, check in CHECKS.items():
+        try:
+            check(run)
+        except (ValueError, TypeError) as error:
+            group, name = key.split(".")
+            left.append(str(error))
+            run = toml.update(run, {group: {name: getattr(getattr(RunConfig(), group), name)}}, path)
     return toml.dumps(run), unknown + left
 
 
@@ -231,6 +262,8 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError(f"convert config: expected FLAGS|TOML [NEW.toml], got {' '.join(words) or 'nothing'}")
     if not Path(words[0]).is_file():
         raise ConfigError(f"{words[0]}: no such file")
+    if len(words) == 2 and Path(words[1]).exists():
+        raise ConfigError(f"{words[1]} exists: name a new file, or delete it first")
     text, unknown = convert_config(words[0])
     for line in unknown:
         print(f"no counterpart: {line}", file=sys.stderr)

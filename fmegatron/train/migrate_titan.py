@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fmegatron.config import ConfigError
 from fmegatron.train.migrate_flags import Table, put
 
 TITAN = {  # TorchTitan's key: ours
@@ -26,6 +27,15 @@ TITAN = {  # TorchTitan's key: ours
     "comm.init_timeout_seconds": "faults.init_timeout", "comm.train_timeout_seconds": "faults.train_timeout",
     "profiling.enable_memory_snapshot": "faults.memory_history",
 }  # fmt: skip
+DEFAULTS = {  # what TorchTitan does where a key is not given, and we do not
+    "optimizer.lr": 8e-4, "optimizer.eps": 1e-8, "optimizer.warmup": 200, "training.steps": 10000, "data.seq": 2048,
+    "checkpoint.interval": 500, "checkpoint.keep": 10, "data.document_mask": False, "data.reset_positions": False,
+}  # fmt: skip
+NUMBERS = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor", "optimizer.lr", "training.steps",
+           "parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree")
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+FAMILIES = {"deepseek_v3": "deepseek", "gpt_oss": "gpt-oss"}  # those that have another name here
+SIZES = {"debugmodel": "debug", "671b": "v3"}
 TITAN_SCHEDULES = {"1F1B": "1f1b", "GPipe": "gpipe", "Interleaved1F1B": "interleaved_1f1b", "LoopedBFS": "looped_bfs",
                    "InterleavedZeroBubble": "interleaved_zero_bubble", "ZBVZeroBubble": "zbv", "DualPipeV": "dualpipev"}
 
@@ -34,7 +44,12 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
     """Our table for TorchTitan's TOML, and the keys that have no counterpart (with their values)."""
     flat = {f"{group}.{name}": value for group, held in given.items() if isinstance(held, dict) for name, value in held.items()}
     table: Table = {}
+    for key, value in DEFAULTS.items():
+        put(table, key, value)
     read = set(TITAN)
+    bad = next((name for name in NUMBERS if not isinstance(flat.get(name, 0), int | float)), None)
+    if bad is not None:
+        raise ConfigError(f"{bad} = {flat[bad]!r}: expected a number")
     for theirs, ours in TITAN.items():
         if theirs in flat:
             put(table, ours, flat[theirs])
@@ -44,7 +59,8 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
         table.setdefault("mesh", {}).pop("fsdp", None)
         put(table, "mesh.dp", -1)
     if "model.name" in flat and "model.flavor" in flat:
-        put(table, "model.preset", f"{flat['model.name']}:{str(flat['model.flavor']).replace('debugmodel', 'debug').lower()}")
+        family, size = str(flat["model.name"]), str(flat["model.flavor"]).lower()
+        put(table, "model.preset", f"{FAMILIES.get(family, family)}:{SIZES.get(size, size)}")
     put(table, "sharding.rules", "hsdp_tp_sp" if sizes[0] > 1 and sizes[1] != 1 else "fsdp_tp_sp")
     if "optimizer.name" in flat:
         put(table, "optimizer.name", str(flat["optimizer.name"]).lower())
@@ -78,13 +94,18 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
             put(table, "pipeline.virtual", 2)  # what torch's schedules have where nothing else is said
     if flat.get("metrics.enable_wandb"):
         put(table, "log.wandb", "torchtitan")  # WANDB_PROJECT's default there
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     if "checkpoint.export_dtype" in flat:
-        put(table, "checkpoint.export_dtype", names[flat["checkpoint.export_dtype"]])
+        dtype = flat["checkpoint.export_dtype"]
+        put(table, "checkpoint.export_dtype", NAMES.get(dtype, dtype))
+    if not flat.get("checkpoint.enable", flat.get("checkpoint.enable_checkpoint", False)):
+        put(table, "checkpoint.interval", 0)  # ours are saved at the end in any case
+    if not flat.get("validation.enable", flat.get("validation.enabled", False)):
+        put(table, "validation.interval", 0)
     if flat.get("checkpoint.initial_load_model_only"):
         put(table, "checkpoint.load", "params")
     read |= {"model.name", "model.flavor", "optimizer.name", "optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_ratio",
              "lr_scheduler.decay_type", "lr_scheduler.min_lr_factor", "training.mixed_precision_param", "checkpoint.async_mode",
              "activation_checkpoint.mode", "checkpoint.export_dtype", "checkpoint.initial_load_model_only", "checkpoint.folder",
-             "job.description", "metrics.enable_wandb", "checkpoint.enable", "checkpoint.enable_checkpoint"}  # fmt: skip
+             "job.description", "metrics.enable_wandb", "checkpoint.enable", "checkpoint.enable_checkpoint",
+             "validation.enable", "validation.enabled"}  # fmt: skip
     return table, [f"{key} = {value}" for key, value in flat.items() if key not in read]

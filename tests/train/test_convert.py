@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 
-from fmegatron import cli, config, optim, toml, tree
+from fmegatron import cli, config, models, optim, toml, tree
 from fmegatron.models import Config, from_hf, gpt
 from fmegatron.nn.moe import Moe
 from fmegatron.sharding import SINGLE
-from fmegatron.train import checkpoint, convert, megatron, migrate, migrate_flags, migrate_titan, saving
+from fmegatron.train import checkpoint, convert, megatron, migrate, migrate_flags, migrate_titan, migrate_words, saving
 from fmegatron.train.state import init
 
 HERE = Path(__file__).parent
@@ -151,7 +151,7 @@ def test_megatron_flags_become_ours(tmp_path, capsys):
     assert (run.optimizer.schedule, run.optimizer.warmup, run.optimizer.decay_steps) == ("cosine", 20, 380)
     assert run.optimizer.betas == (0.9, 0.95) and run.training.dtype == "bf16" and run.mesh.tp == 2
     assert run.sharding.rules == "zero1_tp_sp" and run.checkpoint.background and run.checkpoint.load == "params"
-    model = gpt(Config(**migrate.model_of(migrate.flags_of(MEGATRON))[0]))
+    model = gpt(Config(**migrate.model_of(migrate_words.flags_of(MEGATRON))[0]))
     assert model.config.activation == "swiglu" and not model.config.tied
 
 
@@ -165,6 +165,101 @@ def test_every_mapped_key_exists():
     read = [migrate.MODEL, migrate.RUN, migrate.PRECISION, migrate.PRECISION_SWITCHES, migrate.MODEL_SWITCHES,
             migrate.RUN_SWITCHES, migrate.SILENT, migrate_flags.READ]
     assert sum(map(len, read)) == len(set().union(*read))
+
+
+SCRIPTS = {
+    "arrays": """
+# Don't run this as it is
+SIZE=24
+export HEADS=${HEADS:-4}   # isn't set
+LAYERS=( )
+ARGS=(
+    --num-layers 3 --hidden-size $SIZE  # wide
+    --num-attention-heads "${HEADS}"
+#   --num-layers 7
+    --data-path 0.3
+       /a 0.7 /b
+)
+if [[ "$SIZE" == "9" ]]; then
+    ARGS+=( "--split '9,1,0'" )
+fi
+echo "Error: it isn't --seen"; torchrun ${LAUNCH[@]} pretrain_gpt.py \\
+    ${ARGS[@]} --save $1 \\
+    --swiglu
+""",
+    "strings": """
+SIZE=24
+ARGS="
+    --num-layers 3 --hidden-size $SIZE \\
+    --num-attention-heads 4 --data-path 0.3 /a 0.7 /b"
+torchrun pretrain_gpt.py $ARGS --split 9,1,0 --save $1 --swiglu
+echo done
+""",
+    "words": "--num-layers 3 --hidden-size=24 --num-attention-heads 4 --data-path 0.3 /a 0.7 /b --split 9,1,0 --save $1 "
+             "--swiglu",
+    "yaml": "MODEL_ARGS:\n  --num-layers: 3\n  --hidden-size: 24\n  --num-attention-heads: 4\n  --data-path: 0.3 /a 0.7 /b\n"
+            "  --split: 9,1,0\n  --save: $1\n  --swiglu: true\n",
+}
+
+
+@pytest.mark.parametrize("form", SCRIPTS)
+def test_flags_are_found_in_scripts_of_all_forms(form):
+    assert migrate_words.flags_of(SCRIPTS[form]) == {
+        "num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "data_path": [0.3, "/a", 0.7, "/b"], "split": "9,1,0",
+        "save": "$1", "swiglu": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [
+    FLAGS["llama"], FLAGS["gpt2"], "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope",
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --rotary-base 5e5 --norm-epsilon 1e-6 --normalization RMSNorm",
+])  # fmt: skip
+def test_the_converted_run_has_their_model_and_not_our_presets(flags, tmp_path):
+    """All that is not said is Megatron-LM's default: what is trained is what its checkpoint would be read as."""
+    run = converted(flags, tmp_path)
+    fields = migrate.model_of(migrate_words.flags_of(flags))[0]
+    assert models.preset(run.model.preset, **run.model.overrides).config == Config(**fields)
+    said = (5e5, 1e-6) if "5e5" in flags else (10000, 1e-5)
+    assert (fields["rope_base"], fields["norm_eps"]) == said
+    assert (run.optimizer.warmup, run.run.seed, run.checkpoint.keep, run.checkpoint.interval) == (0, 1234, 0, 0)
+    assert (run.validation.interval, run.validation.batches, run.data.document_mask) == (1000, 100, False)
+
+
+def test_strictness_means_what_it_means_there():
+    """Unexpected there: asked for, and not in the checkpoint. So of the four that raise or not, by its own words:"""
+    raises = {"raise_all": "both", "raise_unexpected": "missing", "assume_ok_unexpected": "missing"}
+    other = dict.fromkeys(("log_unexpected", "log_all", "return_unexpected", "return_all", "ignore_all"), "none")
+    assert migrate.STRICT == raises | other
+
+
+@pytest.mark.parametrize("name, text, code, said", [
+    ("a.sh", "--num-layers 2 --hidden-size 64", 2, "a.sh: Megatron-LM's flags lack --num-attention-heads: it has no default"),
+    ("a.sh", "--num-layers two --hidden-size 64 --num-attention-heads 4", 2, "flag --num-layers has two: it takes a number"),
+    ("a.sh", "--num-layers --hidden-size 64 --num-attention-heads 4", 2, "flag --num-layers has no value: it takes a number"),
+    ("a.sh", "--num-layers 2 --name 'open", 2, "a.sh: No closing quotation"),
+    ("a.sh", f"{FLAGS['gpt2']} --lr-warmup-iters x --lr-decay-iters 10", 2, "flag --lr-warmup-iters has x: it takes a number"),
+    ("a.sh", "", 2, "a.sh: Megatron-LM's flags lack --num-layers: it has no default"),
+    ("a.sh", f"{FLAGS['gpt2']} --normalization Foo", 0, "no counterpart: normalization = Foo"),
+    ("a.sh", f"{FLAGS['gpt2']} --optimizer foo", 0, "no counterpart: optimizer.name = foo: known are"),
+    ("a.sh", f"{FLAGS['gpt2']} --recompute-granularity foo", 0, "foo"),
+    ("a.sh", f"{FLAGS['gpt2']} --train-iters many", 0, 'no counterpart: training.steps = "many": expected int'),
+    ("a.sh", f"{FLAGS['gpt2']} --micro-batch-size 2", 0, "no counterpart: global_batch_size, which is micro_batch_size times"),
+    ("a.sh", f"{FLAGS['gpt2']} --data-path $1", 0, "no counterpart: data_path = $1: the file does not set it"),
+    ("a.toml", "[model", 2, "a.toml: Expected ']'"),
+    ("a.toml", '[lr_scheduler]\ndecay_ratio = "x"', 2, "a.toml: lr_scheduler.decay_ratio = 'x': expected a number"),
+    ("a.toml", '[checkpoint]\nexport_dtype = "float8"', 0, 'checkpoint.export_dtype = "float8": expected fp32|bf16|fp16'),
+    ("a.toml", '[model]\nname = "llama4"\nflavor = "17bx16e"', 0, "model preset 'llama4:17bx16e': unknown family 'llama4'"),
+])  # fmt: skip
+def test_mistakes_in_other_peoples_settings_are_one_line(name, text, code, said, tmp_path, capsys):
+    """2: nothing is written. 0: what ours cannot take is told, and the rest is a run that loads."""
+    (tmp_path / name).write_text(text)
+    assert cli.main(["convert", "config", str(tmp_path / name), str(tmp_path / "ours.toml")]) == code
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert (tmp_path / "ours.toml").exists() == (code == 0)
+    if code == 0:
+        config.load(tmp_path / "ours.toml")
+        assert cli.main(["convert", "config", str(tmp_path / name), str(tmp_path / name)]) == 2  # theirs is never overwritten
+        assert "exists: name a new file" in capsys.readouterr().err and (tmp_path / name).read_text() == text
 
 
 WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-size 8 --micro-batch-size 1"
@@ -197,7 +292,15 @@ WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-
     ("--profile --profile-step-start 3 --profile-step-end 5 --profile-ranks 0 1 --train-iters 9 --log-params-norm",
      {"profile.steps": (4, 5), "profile.ranks": (0, 1), "monitors.norms": 1}),
     ("--fp8-format hybrid --fp8-recipe tensorwise --bf16", {"fp8.recipe": "tensorwise", "fp8.format": "hybrid"}),
-    ("--data-path 0.3 /a 0.7 /b", {"data.blend": {"/a": 0.3, "/b": 0.7}}),
+    ("--data-path 0.3 /a 0.7 /b", {"data.blend": {"/a": 0.3, "/b": 0.7}, "data.order": "megatron", "data.split": "969,30,1"}),
+    ("--mock-data --split 99,1,0 --tokenizer-type NullTokenizer --vocab-size 99 --eod-mask-loss --reset-position-ids",
+     {"data.source": "mock", "data.split": "99,1,0", "data.tokenizer": "null:99", "data.eod_mask_loss": True,
+      "data.reset_positions": True, "data.document_mask": False}),
+    ("--save /x --load /x --save-retain-interval 100", {"checkpoint.resume": None, "checkpoint.keep": 1,
+                                                         "checkpoint.keep_every": 100, "run.dir": "/x"}),
+    ("--load /y --no-load-optim --dist-ckpt-strictness log_all --kv-channels 16 --num-query-groups 2",
+     {"checkpoint.resume": "/y", "checkpoint.load": "params", "checkpoint.strict": "none", "model.kv": 2}),
+    ("--num-query-groups 2 --group-query-attention=false", {"model.kv": 4}),
 ])  # fmt: skip
 def test_megatron_flags_that_say_a_thing_together(flags, ours, tmp_path):
     run = converted(f"{WHOLE} {flags}", tmp_path)
