@@ -130,7 +130,8 @@ def model_of(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     unknown = [] if fields["positions"] in ("rope", "learned", "none") else [f"position_embedding_type = {kind}"]
     unknown += [] if fields["norm"] else [f"normalization = {norm}"]
     fields |= {"positions": "rope"} if unknown and kind in unknown[0] else {}
-    return {name: value for name, value in fields.items() if value is not None}, unknown
+    turned = fields["positions"] == "rope"
+    return {name: x for name, x in fields.items() if x is not None and (turned or not name.startswith("rope_"))}, unknown
 
 
 def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:

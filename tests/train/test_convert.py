@@ -211,15 +211,16 @@ def test_flags_are_found_in_scripts_of_all_forms(form):
 
 @pytest.mark.parametrize("flags", [
     FLAGS["llama"], FLAGS["gpt2"], "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope",
-    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --rotary-base 5e5 --norm-epsilon 1e-6 --normalization RMSNorm",
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --rotary-base 5e5 --norm-epsilon 1e-6 --normalization RMSNorm "
+    "--use-rotary-position-embeddings", "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --rotary-base 5e5",
 ])  # fmt: skip
 def test_the_converted_run_has_their_model_and_not_our_presets(flags, tmp_path):
     """All that is not said is Megatron-LM's default: what is trained is what its checkpoint would be read as."""
     run = converted(flags, tmp_path)
     fields = migrate.model_of(migrate_words.flags_of(flags))[0]
     assert models.preset(run.model.preset, **run.model.overrides).config == Config(**fields)
-    said = (5e5, 1e-6) if "5e5" in flags else (10000, 1e-5)
-    assert (fields["rope_base"], fields["norm_eps"]) == said
+    said = (5e5, 1e-6) if "RMSNorm --use" in flags else (10000 if "rope" in flags else None, 1e-5)
+    assert (fields.get("rope_base"), fields["norm_eps"]) == said
     assert (run.optimizer.warmup, run.run.seed, run.checkpoint.keep, run.checkpoint.interval) == (0, 1234, 0, 0)
     assert (run.validation.interval, run.validation.batches, run.data.document_mask) == (1000, 100, False)
 
