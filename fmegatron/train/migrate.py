@@ -130,8 +130,9 @@ def model_of(args: Mapping[str, Any]) -> tuple[Table, list[str]]:
     unknown = [] if fields["positions"] in ("rope", "learned", "none") else [f"position_embedding_type = {kind}"]
     unknown += [] if fields["norm"] else [f"normalization = {norm}"]
     fields |= {"positions": "rope"} if unknown and kind in unknown[0] else {}
-    turned = fields["positions"] == "rope"
-    return {name: x for name, x in fields.items() if x is not None and (turned or not name.startswith("rope_"))}, unknown
+    if fields["positions"] != "rope":  # the preset under it has a base of its own
+        fields = {name: x for name, x in fields.items() if not name.startswith("rope_")} | {"rope_base": 10000}
+    return {name: x for name, x in fields.items() if x is not None}, unknown
 
 
 def from_megatron(args: Mapping[str, Any]) -> tuple[Table, list[str]]:

@@ -219,8 +219,8 @@ def test_the_converted_run_has_their_model_and_not_our_presets(flags, tmp_path):
     run = converted(flags, tmp_path)
     fields = migrate.model_of(migrate_words.flags_of(flags))[0]
     assert models.preset(run.model.preset, **run.model.overrides).config == Config(**fields)
-    said = (5e5, 1e-6) if "RMSNorm --use" in flags else (10000 if "rope" in flags else None, 1e-5)
-    assert (fields.get("rope_base"), fields["norm_eps"]) == said
+    said = (5e5, 1e-6) if "RMSNorm --use" in flags else (10000, 1e-5)
+    assert (fields["rope_base"], fields["norm_eps"]) == said
     assert (run.optimizer.warmup, run.run.seed, run.checkpoint.keep, run.checkpoint.interval) == (0, 1234, 0, 0)
     assert (run.validation.interval, run.validation.batches, run.data.document_mask) == (1000, 100, False)
 
