@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 
@@ -95,6 +96,21 @@ def test_scalars(name):
         expected = [scalar(theta, [g[i] for g in gs]) for i, theta in enumerate(p.flatten().tolist())]
         torch.testing.assert_close(tree.to_paths(ours)[path].flatten(), torch.tensor(expected, dtype=p.dtype),
                                    rtol=1e-11, atol=1e-13, msg=lambda m, at=path: f"{at}: {m}")
+
+
+ADAMS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-5, "decouple": True, "amsgrad": False}
+ADOPTS = {"betas": (0.999, 0.9999), "eps": 1e-6, "weight_decay": 0.0, "decouple": False, "clip": optim.fourth_root}
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("decoupled_adamw", ADAMS), ("qhadamw", ADAMS | {"vs": (0.7,)}), ("aggmo_adamw", ADAMS | {"vs": (0.7,)}),
+    ("adopt", ADOPTS | {"betas": (0.9, 0.9999)}), ("qhadopt", ADOPTS | {"vs": (0.9,)}),
+    ("aggmo_adopt", ADOPTS | {"vs": (0.9,)})])
+def test_defaults_are_the_references(name, expected):
+    """B0's table; the clip is on (trap 1)."""
+    takes = inspect.signature(getattr(optim, name)).parameters
+    found = {key: p.default for key, p in takes.items() if key != "mask"}
+    assert found == {"learning_rate": 1e-3} | expected
 
 
 # -- implementations that nobody here wrote -------------------------------------------------------------------------
