@@ -28,8 +28,9 @@ def unbroken(tmp_path_factory) -> Path:
 def test_killed_at_random_moments(background, unbroken, tmp_path):
     checkpoint = {"background": background, "interval": 3, "keep": 2}
     seconds = soak.seconds_of(tmp_path / "time", checkpoint=checkpoint)
-    count = soak.killed_until_done(tmp_path / "run", seconds, random.Random(7), 4, checkpoint=checkpoint)
-    assert count >= 1
+    while not soak.killed_until_done(tmp_path / "run", seconds, random.Random(7), 4, checkpoint=checkpoint):
+        shutil.rmtree(tmp_path / "run")  # the machine was busier while it was timed
+        seconds /= 2
     assert curve(tmp_path / "run") == curve(unbroken)
     assert digest(tmp_path / "run") == digest(unbroken)
 
