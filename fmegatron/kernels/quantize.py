@@ -119,6 +119,9 @@ def recipe(
         raise ValueError(f"recipe {name}, format {format!r}: e4m3 or hybrid, and none for nvfp4")
     if name != "delayed" and (history, algorithm) != (1, "most_recent"):
         raise ValueError(f"recipe {name}, history {history}, {algorithm}: delayed scaling alone remembers")
+    most = 3 if name == "nvfp4" else 16
+    if not 0 <= margin <= most:
+        raise ValueError(f"recipe {name}, margin {margin}: 0 to {most}, beyond that the largest values become zero")
     if pow2 and name == "nvfp4":
         raise ValueError("recipe nvfp4: its scales are of 8 bits, not powers of two")
     operand = replace(base.operand, margin=margin, inner=block or base.operand.inner)

@@ -45,7 +45,8 @@ def lower(
     """The model with the products of chosen weights by their recipes; `first` and `last` layers stay as they are.
 
     gather: stored shards of weights travel in 8 bits where a shard has what its scales ask for (train/lowgather.py). A recipe
-    None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing.
+    None leaves the weights that it is for as they are. Raises ValueError for a pattern that chooses nothing, and where no layer
+    is left.
     """
     layers = sum(node.is_layer for node in model.chain)
     used: set[str] = set()
@@ -80,6 +81,8 @@ def lower(
     if idle := [pattern for pattern in recipes if pattern not in used]:
         some = next(weight.path for node in model.chain for weight in weights_of(model, node))
         raise ValueError(f"few bits for {idle[0]!r}: no weight of a matmul is left that has such a path; one is {some}")
+    if low.chain == model.chain and any(how is not None for how in recipes.values()):
+        raise ValueError(f"few bits: first = {first} and last = {last} leave none of {layers} layers, choose fewer")
     return _remembering(low, delayed) if delayed else low
 
 

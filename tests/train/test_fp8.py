@@ -132,6 +132,9 @@ def test_shards_rounded_by_themselves_are_the_whole_weight_s_shards(data):
     ({"recipe": "fp8"}, "known are tensorwise"),
     ({"recipe": "rowwise", "match": ["mlp"]}, "'mlp': no weight"),
     ({"others": {"layers.*": "tensorwse"}}, "recipe 'tensorwse'"),
+    ({"recipe": "rowwise", "first": 99}, "first = 99 and last = 0 leave none of 2 layers"),
+    ({"recipe": "rowwise", "margin": 400}, "margin 400: 0 to 16"),
+    ({"recipe": "nvfp4", "margin": 4}, "margin 4: 0 to 3"),
 ])  # fmt: skip
 def test_mistakes(said, part):
     c = toml.update(config.RunConfig(), {"fp8": said}, "test")

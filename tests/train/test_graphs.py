@@ -98,6 +98,20 @@ def test_in_any_order_of_shapes_and_with_other_limits_each_time(order, low):
     assert agree(*made(), order, [0.1 if x else 1e9 for x in low])
 
 
+def test_each_limit_is_its_own_metric_s():
+    """Of two limits one refuses the step if they change places."""
+    state, plain, recorded = made()
+    batch = next(batches(1, seed=0))
+    _, seen = plain(copy(state), batch)
+    low, high = sorted(("loss", "grad_norm"), key=lambda name: seen[name].item())
+    limits = {low: (seen[low] + seen[high]).item() / 2, high: 1e9}
+    a, b = copy(state), copy(state)
+    for _ in range(3):
+        a, mine = plain(a, batch, limits)
+        b, theirs = recorded(b, batch, limits)
+        assert not mine["skipped"] and equal(mine, theirs) and equal(a, b)
+
+
 def test_numbers_of_warm_up_are_the_callers_own():
     """"skipped" is a tensor of the state, and the state becomes the buffers: found by the property above."""
     assert agree(*made(), [0] * 4, [0.1, 0.1, 1e9, 0.1])
@@ -129,6 +143,17 @@ def test_a_state_is_given_away_and_another_one_is_taken():
         early, metrics = recorded(early, one)
         assert torch.equal(metrics["loss"], loss)
     assert equal(early, kept) and len(recorded.recordings) == 1
+
+
+def test_a_state_of_other_dtypes_begins_anew_and_so_does_the_first_one():
+    state, plain, recorded = made("sgd")
+    narrow = tree.map(lambda x: x.float() if x.is_floating_point() else x, state)
+    batch = next(batches(1, seed=0))
+    for start in (state, narrow, state):
+        a, b = copy(start), copy(start)
+        for _ in range(3):
+            (a, mine), (b, theirs) = plain(a, batch), recorded(b, batch)
+            assert equal(mine, theirs) and equal(a, b)
 
 
 def test_leaves_that_change_places_or_share_memory_do_not_mix():
