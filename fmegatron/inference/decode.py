@@ -36,7 +36,7 @@ def generate(
 ) -> Tensor:
     """Continue int64 [batch, n] by `steps` tokens: [batch, n + steps], on every rank.
 
-    params: whole, or local shards as `sh` stores them. Temperature 0 takes the likeliest token, and nothing is drawn.
+    params: local shards as `sh` stores them (on one device whole). Temperature 0 takes the likeliest, and draws nothing.
     cached: keep keys and values (the same tokens without, slowly). Raises ValueError beyond a model's learned positions.
     """
     _check(model, tokens, steps)

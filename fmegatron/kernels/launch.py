@@ -29,6 +29,8 @@ Pull = Callable[[Tensors, Tensors], Sequence[Tensor]]  # kept, cotangents -> gra
 
 def choose(wanted: Literal["reference", "triton", "auto"], device: torch.device) -> Form:
     """The form to run on a device: auto is triton on CUDA where it is installed. ValueError where triton cannot run."""
+    if wanted not in ("reference", "triton", "auto"):
+        raise ValueError(f"kernels = {wanted!r}: it is reference, triton or auto")
     here = importlib.util.find_spec("triton") is not None
     if wanted == "auto":
         return "triton" if here and device.type == "cuda" else "reference"

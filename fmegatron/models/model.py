@@ -233,6 +233,8 @@ def next_token(sh: Sharding, batch: Mapping[str, Tensor]) -> Values:
     if "tokens" not in values:
         raise ValueError(f"the batch has no tokens [batch, seq], but {', '.join(values) or 'nothing'}")
     tokens = values["tokens"]
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: they are [batch, seq]; on a mesh cut by fm.shard")
     weights = values.get("weights", torch.ones_like(tokens, dtype=torch.float32))
     if "labels" in values:
         labels, out = values["labels"], values["labels"] < 0

@@ -146,6 +146,7 @@ def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:
     if sh.mesh.kind == "virtual":
 
         def virtual(*trees: Any) -> Any:
+            check_stacked(sh.mesh, trees)
             dims = tuple(tree.map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, t) for t in trees)
             return torch.vmap(lambda rank, *local: fn(sh.at(rank), *local), in_dims=(0, *dims))(
                 torch.arange(sh.mesh.size), *trees
@@ -159,7 +160,17 @@ def spmd(sh: Sharding, fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *trees: fn(here, *trees)
 
 
+def check_stacked(mesh: Mesh, trees: Sequence[Any]) -> None:
+    """ValueError where a tensor is not all ranks' pieces, which one process that holds them all stacks on a leading dim."""
+    leaves: list[Any] = tree.leaves(list(trees))  # type: ignore[arg-type]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and (not leaf.dim() or leaf.shape[0] != mesh.size):
+            said = f"a tensor of shape {tuple(leaf.shape)} has no leading dim of the mesh's {mesh.size} ranks"
+            raise ValueError(f"{said}: cut it by fm.shard(sh, x, names), or make it on this mesh")
+
+
 def _run_threads(sh: Sharding, fn: Callable[..., Any], trees: Sequence[Any]) -> Any:
+    check_stacked(sh.mesh, trees)
     transports = (getattr(axis.transport, "inner", axis.transport) for axis in sh.mesh.axes)
     hub = next(transport.hub for transport in transports if isinstance(transport, Threads))
     hub.open()

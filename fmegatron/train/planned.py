@@ -97,6 +97,10 @@ def plan_step(
     programs: see docs/kernels.md, docs/startup.md.
     """
     precision.check(dtype, semisync is not None)
+    check_terms(model, term_weights or {})
+    for name, value, least in (("microbatches", microbatches, 1), ("prefetch", prefetch, 0), ("async_tp", async_tp, 1)):
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{name} = {value}: it is at least {least}")
     every, sh = sh, inside(sh)
     policy, placed = parse_remat(remat, sh.mesh.device) if isinstance(remat, str) else remat, None
     if pipeline is not None:
@@ -141,3 +145,12 @@ def plan_step(
         count_zeros=count_zeros,
         meeting=meeting_of(model, without_pp(every).bind(model.sizes), semisync),
     )
+
+
+def check_terms(model: Model, weights: Mapping[str, float]) -> None:
+    """ValueError where the model has no loss, or weights name a term that it has not."""
+    terms = [name.removeprefix("loss.") for node in model.chain for name in node.writes if name.startswith("loss.")]
+    if not terms:
+        raise ValueError("no node of the chain has a loss among its writes: name it loss.TERM, like 'loss.ce'")
+    if unknown := weights.keys() - set(terms):
+        raise ValueError(f"term_weights name {min(unknown)!r}, but the terms of the loss are {', '.join(terms)}")

@@ -61,8 +61,11 @@ def test_mixing_over_a_sharded_name_is_refused() -> None:
 
 FIRST, LAYER, *_ = SMALL.chain
 MISTAKES = {
-    "node 0 takes parameters 'tabel', but declared are layers.0": {"chain": (replace(FIRST, params=(("table", "tabel"),)),)},
-    "no node takes the parameters table": {"chain": SMALL.chain[1:-1]},
+    "node 0 takes parameters 'tabel', but declared are layers.0": {
+        "chain": (replace(FIRST, params=(("table", "tabel"),)), *SMALL.chain[1:])
+    },
+    "no node of the chain has a loss among its writes": {"chain": SMALL.chain[:-1]},
+    "no node takes the parameters table": {"chain": (*SMALL.chain[1:-1], replace(SMALL.chain[-1], params=()))},
     "node 9 takes 'layers.0', 2 stacked layers: its layer is 2": {"chain": (*SMALL.chain, replace(LAYER, layer=2, index=9))},
     "two nodes of the chain have index 1: number all of them, or none": {"chain": (*SMALL.chain, LAYER)},
     "stacked layers: its layer is None": {"chain": (FIRST, replace(LAYER, layer=None), *SMALL.chain[2:])},

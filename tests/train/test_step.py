@@ -124,3 +124,24 @@ def test_max_traces_counts():
     assert once(1) == 2 and once.count == 1
     with pytest.raises(AssertionError, match="was traced 2 times, at most 1"):
         once(1)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"microbatches": 0}, "microbatches = 0: it is at least 1"), ({"prefetch": -1}, "prefetch = -1: it is at least 0"),
+    ({"async_tp": 0}, "async_tp = 0: it is at least 1"), ({"kernels": "tritn"}, "'tritn': it is reference, triton or auto"),
+    ({"term_weights": {"cee": 2.0}}, "name 'cee', but the terms of the loss are ce"),
+])  # fmt: skip
+def test_settings_that_cannot_be_honoured_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan_step(model(), SINGLE, **settings)
+
+
+@pytest.mark.parametrize("make", [virtual_mesh, thread_mesh])
+def test_what_was_not_cut_for_the_mesh_is_refused(make):
+    net, tx, batch = model(), optim.sgd(0.1), next(batches(1, rows=4))
+    sh = Sharding(make(dp=2, tp=2), RULES["fsdp_tp_sp"])
+    step, state = make_step(net, tx, sh), init(net, tx, sh)
+    with pytest.raises(ValueError, match="has no leading dim of the mesh's 4 ranks: cut it by"):
+        step(init(net, tx, SINGLE), batch)
+    with pytest.raises(ValueError, match=r"tokens of shape \(8,\): they are \[batch, seq\]"):
+        step(state, batch)  # as many rows as ranks
