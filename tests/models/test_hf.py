@@ -194,7 +194,9 @@ def test_there_and_back(name, tmp_path):
     model, params = from_hf(tmp_path / "theirs")
     to_hf(model, params, tmp_path / "ours", file_bytes=4096)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    index = json.loads((tmp_path / "ours/model.safetensors.index.json").read_text())
     want = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in want.values())
     got = {k: v for file in (tmp_path / "ours").glob("*.safetensors") for k, v in load_file(file).items()}
     assert got.keys() == want.keys() and [k for k in want if not torch.equal(got[k], want[k])] == []
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmegatron.train import checkpoint, dcp
+from fmegatron.train import checkpoint, dcp, steps, together
 from fmegatron.train.checkpoint import Chunks, damage, load, newest_good, save, tensors, whole
 
 HERE = Path(__file__).parent
@@ -177,3 +177,29 @@ def test_every_nth_is_kept(tmp_path):
         save(tmp_path, step, {"n": whole(torch.tensor(step))}, {}, keep=2, keep_every=30)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (30, 60, 70)]
     assert checkpoint.latest(tmp_path).name == "step-00000070"
+
+
+def test_an_upload_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    filled(tmp_path, [1])
+    before = sorted(tmp_path.iterdir())
+
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(steps.tensorfile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        filled(tmp_path, [2])
+    assert sorted(tmp_path.iterdir()) == before and read(tmp_path) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_share_a_list_so_that_each_thing_has_one_of_them(world, monkeypatch):
+    things = list(range(7))
+    monkeypatch.setattr(together.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(together.dist, "get_world_size", lambda group: world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(together.dist, "get_rank", lambda group, rank=rank: rank)
+        shares += things[together.share()]
+    assert sorted(shares) == things

@@ -76,6 +76,8 @@ def test_parameters_only_to_the_end_and_on_from_there(whole, functions, tmp_path
     assert cli.main(words(functions, tuned, more)) == 0
     assert "starts from the parameters of" in capsys.readouterr().out
     assert len(losses(tuned)) == 1 and losses(tuned)[0] < losses(whole)[0]  # step 0's data, the trained parameters
+    assert cli.main(words(functions, tuned, more.replace("steps 1", "steps 2"))) == 0
+    assert "resumed at step 1 from" in capsys.readouterr().out and len(losses(tuned)) == 2  # its own, which is whole
 
 
 def test_checkpoints_that_lie_elsewhere(functions, tmp_path, capsys):

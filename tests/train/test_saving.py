@@ -163,6 +163,10 @@ def test_strictness_names_keys(tmp_path):
     assert torch.equal(q[:3], source) and torch.equal(q[3], kept)
     assert len(said) == 1 and "lacks params.layers.3" in said[0] and "keep their values" in said[0] and "\n" not in said[0]
 
+    params = saving.load_params(tmp_path, longer, SINGLE, start=fresh.params, strict="none", say=said.append)
+    q = tree.to_paths(params)["layers.0.attn.q"]
+    assert torch.equal(q[:3], source) and torch.equal(q[3], kept) and kept.any()
+
     shorter, said = gpt(replace(CONFIG, layers=2)), []
     with pytest.raises(ValueError, match="holds .*layers.2.*which this model or optimizer has not"):
         saving.load(tmp_path, shorter, SINGLE, init(shorter, TX, SINGLE), strict="extra")
