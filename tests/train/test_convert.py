@@ -60,6 +60,9 @@ def test_to_hugging_face_and_back(tmp_path, capsys):
     assert cli.main(["convert", str(best), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
     _, half = from_hf(tmp_path / "half", dtype=torch.bfloat16, vocab_pad=8)
     assert equal(half, tree.map(torch.Tensor.bfloat16, params))
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    assert cli.main(["convert", str(tmp_path / "half"), "--to", "checkpoint", str(tmp_path / "halves")]) == 0
+    assert {dtype for _, dtype in checkpoint.tensors(tmp_path / "halves/checkpoints").values()} == {torch.bfloat16}
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
