@@ -20,8 +20,8 @@ def lines(series: Mapping[str, Points], *, log: bool = False, keys: Mapping[str,
         return ""
     low, high = min(y for _, y in every), max(y for _, y in every)
     if high <= low:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = (low / 1.2, high * 1.2) if log else (low - pad, high + pad)
+        pad = abs(low) * 0.1
+        low, high = (low / 1.2, high * 1.2) if log else (low - pad, high + pad) if pad else (0.0, 1.0)
     first, last = min(x for x, _ in every), max(x for x, _ in every)
     last = last if last > first else first + 1
 

@@ -30,7 +30,7 @@ from fmegatron.train import manifest
 from fmegatron.train.dcp import Stored
 from fmegatron.train.manifest import Store, box_name
 from fmegatron.train.remote import Bucket, Url, is_remote
-from fmegatron.train.steps import AnyPath, Local, step_folder
+from fmegatron.train.steps import AnyPath, Local, step_folder, step_of
 from fmegatron.train.together import Group, is_first, on_first, share, together
 
 __all__ = ["Chunks", "damage", "find", "latest", "load", "newest_good", "read_meta", "save", "step_folder", "tensors", "whole"]
@@ -257,10 +257,19 @@ def find(path: AnyPath) -> Any:
 
 def none_in(path: AnyPath) -> str:
     """The line that says that no checkpoint is there, and which is near."""
-    above = place_of(path).address().parent
-    near = latest(above) if str(path).rstrip("/").rpartition("/")[2].startswith("step-") else None
-    found = f"it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}"
-    return f"no checkpoint in {path}: {found if near is None else f'the last one beside it is {near.name}'}"
+    near = beside(path)
+    return f"no checkpoint in {path}: {near or f'it holds neither {manifest.NAME} nor folders step-*/{manifest.NAME}'}"
+
+
+def beside(path: AnyPath) -> str:
+    """Words that name the checkpoints nearest to a step that is not there, before and after it; "" where there are none."""
+    place = place_of(path).address()
+    wanted, found = step_of(place.name), dict[int, str]()
+    if wanted is not None:
+        steps: list[Any] = list(place_of(place.parent).candidates())
+        found = {n: one.name for one in steps if (n := step_of(one.name)) is not None and place_of(one).is_checkpoint()}
+    near = [*sorted(n for n in found if n < (wanted or 0))[-1:], *sorted(n for n in found if n > (wanted or 0))[:1]]
+    return f"beside it the nearest is {' or '.join(found[n] for n in near)}" if near else ""
 
 
 def latest(folder: AnyPath) -> Any:

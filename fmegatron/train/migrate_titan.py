@@ -61,7 +61,7 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
     if "model.name" in flat and "model.flavor" in flat:
         family, size = str(flat["model.name"]), str(flat["model.flavor"]).lower()
         put(table, "model.preset", f"{FAMILIES.get(family, family)}:{SIZES.get(size, size)}")
-    put(table, "sharding.rules", "hsdp_tp_sp" if sizes[0] > 1 and sizes[1] != 1 else "fsdp_tp_sp")
+    put(table, "sharding.rules", "hsdp_tp_sp" if sizes[0] > 1 and sizes[1] > 1 else "fsdp_tp_sp")
     if "optimizer.name" in flat:
         put(table, "optimizer.name", str(flat["optimizer.name"]).lower())
     put(table, "optimizer.betas", [flat.get("optimizer.beta1", 0.9), flat.get("optimizer.beta2", 0.95)])
@@ -108,4 +108,8 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
              "activation_checkpoint.mode", "checkpoint.export_dtype", "checkpoint.initial_load_model_only", "checkpoint.folder",
              "job.description", "metrics.enable_wandb", "checkpoint.enable", "checkpoint.enable_checkpoint",
              "validation.enable", "validation.enabled"}  # fmt: skip
-    return table, [f"{key} = {value}" for key, value in flat.items() if key not in read]
+    unknown = [f"{key} = {value}" for key, value in flat.items() if key not in read]
+    if sizes[0] > 1 and sizes[1] == -1:  # hsdp shards over mesh.fsdp, whose size must be said
+        key = f"parallelism.data_parallel_replicate_degree = {sizes[0]}"
+        unknown.append(f"{key} without a shard degree: mesh.dp shards over all; for replicas say mesh.fsdp, and rules hsdp_tp_sp")
+    return table, unknown

@@ -20,6 +20,9 @@ NAME = "report.html"
 MOST = 2000  # points of a line; of more, the first, the least, the largest and the last of each stretch stay
 MANY = 8  # lines of a chart
 PARTS = ("data", "forward_backward", "optimizer")
+TILES = {"step": "step", "loss": "loss", "heldout_loss": "held-out loss", "bits_per_byte": "held-out bits per byte",
+         "tokens_per_second": "speed", "mfu": "MFU", "memory_bytes": "memory", "goodput": "goodput",
+         "skipped": "skipped steps"}  # fmt: skip
 Columns = Mapping[str, list[tuple[int, float]]]
 
 # title: (what it shows, whether the axis is logarithmic, names of numbers; * stands for anything)
@@ -132,15 +135,14 @@ def _line(said: Mapping[str, Any]) -> str:
 
 def _tiles(records: Sequence[metrics.Clean]) -> list[str]:
     """The last value of what people ask for first."""
-    names = ("step", "loss", "heldout_loss", "bits_per_byte", "tokens_per_second", "mfu", "memory_bytes", "goodput", "skipped")
     out = []
-    for name in names:
+    for name, label in TILES.items():
         last = next((r[name] for r in reversed(records) if isinstance(r.get(name), int | float)), None)
         if last is not None:
-            form = name in metrics.FIELDS and metrics.FIELDS[name][0]
-            said = metrics.describe(name, {name: last}) if form else f"{last:.6g}"
+            form = metrics.FIELDS.get(name, ("",))[0]
+            said = metrics.describe(name, {name: last}).removeprefix(form.partition("{")[0]) if form else f"{last:.6g}"
             out.append(f'<div class="tile"><b data-name="{name}" data-value="{json.dumps(last)}">{escape(said or "0")}</b>'
-                       f"<span>{escape(name.replace('_', ' '))}</span></div>")  # fmt: skip
+                       f"<span>{label}</span></div>")  # fmt: skip
     return out
 
 

@@ -34,6 +34,8 @@ def test_one_process_keeps_its_own_and_fresh_forgets_them(tmp_path, capsys):
     train(tmp_path / "plain")
     train(tmp_path / "run", local=local, training={"steps": 5})
     assert sorted(p.name for p in (tmp_path / "nvme/run/0").iterdir()) == ["step-00000002", "step-00000004"]
+    train(tmp_path / "run", local=local, training={"steps": 5})
+    assert "resumed at step 5 from " in capsys.readouterr().out  # the newer of the two, which is the run's
     shutil.rmtree(tmp_path / "run/checkpoints")
     train(tmp_path / "run", local=local)
     assert "resumed at step 4 from the nodes' own disks" in capsys.readouterr().out

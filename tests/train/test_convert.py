@@ -70,7 +70,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     for words, message in (
-        (["nowhere", "out"], "nowhere: no such folder"),
+        (["nowhere", "out"], "nowhere: no such folder\n"),
+        ([str(tmp_path / "run/checkpoints/step-00000007"), "out"], "no such folder; beside it the nearest is step-00000000\n"),
+        ([str(tmp_path / "run/step-7"), "out"], "step-7: no such folder; beside it the nearest is step-00000000\n"),
         ([str(tmp_path / "full"), "out"], "neither a run, a checkpoint, a Hugging Face folder nor"),
         ([str(tmp_path / "run"), str(tmp_path / "full")], "exists and is not empty"),
         ([str(tmp_path / "run")], "expected CHECKPOINT|HF_FOLDER|MEGATRON FOLDER"),
@@ -222,6 +224,7 @@ def test_the_converted_run_has_their_model_and_not_our_presets(flags, tmp_path):
     run = converted(flags, tmp_path)
     fields = migrate.model_of(migrate_words.flags_of(flags))[0]
     assert models.preset(run.model.preset, **run.model.overrides).config == Config(**fields)
+    assert fields["tied"] == ("untie" not in flags)
     said = (5e5, 1e-6) if "RMSNorm --use" in flags else (10000, 1e-5)
     assert (fields["rope_base"], fields["norm_eps"]) == said
     assert (run.optimizer.warmup, run.run.seed, run.checkpoint.keep, run.checkpoint.interval) == (0, 1234, 0, 0)
@@ -288,6 +291,7 @@ WHOLE = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --global-batch-
     ("--non-persistent-save-interval 10 --non-persistent-ckpt-type local --non-persistent-local-ckpt-dir /disk --replication "
      "--replication-jump 4 --replication-factor 3",
      {"local.interval": 10, "local.folder": "/disk", "local.jump": 4, "local.factor": 3}),
+    ("--non-persistent-save-interval 10 --non-persistent-ckpt-type local --replication-factor 3", {"local.factor": 1}),
     ("--optimizer sgd --lr-decay-style inverse-square-root --lr-decay-iters 30", {
         "optimizer.momentum": 0.9, "optimizer.schedule": "inverse_sqrt", "optimizer.warmup": 0, "optimizer.decay_steps": 30}),
     ("--optimizer lion --min-lr 1e-5 --lr 1e-4", {"optimizer.betas": None, "optimizer.name": "lion"}),
@@ -377,13 +381,38 @@ mode = "selective"
 """
 
 
+REPLICAS, SHARDS = (f"parallelism.data_parallel_{kind}_degree" for kind in ("replicate", "shard"))
+
+
 def test_what_torchtitan_does_not_say_has_its_defaults():
     given = {"lr_scheduler": {"decay_type": "sqrt"}, "training": {"gc_freq": 20}}
     table, unknown = migrate_titan.from_torchtitan(given)
     run = toml.update(config.RunConfig(), table, "test")
     assert (run.optimizer.lr, run.optimizer.warmup, run.training.steps, run.training.collect) == (8e-4, 200, 10000, 20)
     assert (run.optimizer.schedule, run.optimizer.decay_shape, run.optimizer.decay_steps) == ("wsd", "minus_sqrt", 9800)
+    assert run.optimizer.betas == (0.9, 0.95) and (run.checkpoint.load, run.sharding.rules) == ("state", "fsdp_tp_sp")
     assert not unknown
+
+
+@pytest.mark.parametrize("given, ours", [
+    ({"optimizer.lr": 3e-4, "lr_scheduler.min_lr_factor": 0.1}, {"optimizer.min_lr": 3e-5}),
+    ({"lr_scheduler.min_lr_factor": 0.1}, {"optimizer.min_lr": 8e-5}),
+    ({"checkpoint.initial_load_path": "/x", "checkpoint.initial_load_model_only": True},
+     {"checkpoint.resume": "/x", "checkpoint.load": "params", "checkpoint.last_model_only": False}),
+    ({"checkpoint.initial_load_path": "/x", "checkpoint.last_save_model_only": True}, {"checkpoint.load": "state"}),
+    ({REPLICAS: 2, SHARDS: 1}, {"mesh.dp": 2, "mesh.fsdp": 1, "sharding.rules": "fsdp_tp_sp"}),
+    ({REPLICAS: 2, SHARDS: 4}, {"mesh.dp": 2, "mesh.fsdp": 4, "sharding.rules": "hsdp_tp_sp"}),
+    ({REPLICAS: 2}, {"mesh.dp": -1, "mesh.fsdp": 1, "sharding.rules": "fsdp_tp_sp"}),  # hsdp on an axis of 1 would shard nothing
+])  # fmt: skip
+def test_torchtitan_keys_that_say_a_thing_together(given, ours):
+    groups = {}
+    for key, value in given.items():
+        migrate_flags.put(groups, key, value)
+    table, unknown = migrate_titan.from_torchtitan(groups)
+    run = toml.update(config.RunConfig(), table, "test")
+    found = {key: getattr(getattr(run, key.split(".")[0]), key.split(".")[1]) for key in ours}
+    assert found == pytest.approx(ours) if "optimizer.min_lr" in ours else found == ours
+    assert len(unknown) == (given == {REPLICAS: 2}) and all("say mesh.fsdp" in line for line in unknown)
 
 
 def test_torchtitan_toml_becomes_ours(tmp_path, capsys):

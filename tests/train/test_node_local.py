@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fmegatron.train import node_local
 from fmegatron.train.checkpoint import Chunks, whole
-from fmegatron.train.node_local import Nodes, load_local, save_local
+from fmegatron.train.node_local import Nodes, find_local, load_local, save_local
 
 RANKS = 4
 
@@ -106,3 +108,37 @@ def test_one_process_alone(tmp_path):
     save_local(tmp_path, 5, {"w": whole(full(5))}, {"s": 5}, Nodes(0, 1, factor=1))  # taken up from before what was lost
     assert load_local(tmp_path, {"w": whole(w)}) == {"s": 5} and torch.equal(w, full(5))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_what_arrives_is_hashed(tmp_path, monkeypatch):
+    """Of a node that lost its disk, from another that has all; and what a node itself has just written."""
+    save_local(tmp_path / "there", 4, {"w": whole(full(4))}, {"s": 4}, Nodes(0, 1, factor=1))
+    there = find_local(tmp_path / "there")
+    lost = replace(there, held=(frozenset(), *there.held))
+    plain = node_local.tensorfile.write
+
+    def flipped(path, data):
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    for bit in (0, 1):
+        def move(path, *_, bit=bit):
+            data = (tmp_path / "there/step-00000004" / path.name).read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ bit]))
+
+        monkeypatch.setattr(node_local, "_move", move)
+        w = torch.zeros(8, 3)
+        if bit:
+            with pytest.raises(OSError, match="rank-00000.safetensors is not what was sent"):
+                load_local(tmp_path / "here-1", {"w": whole(w)}, found=lost)
+        else:
+            assert load_local(tmp_path / "here-0", {"w": whole(w)}, found=lost) == {"s": 4} and torch.equal(w, full(4))
+
+    def torn(path, tensors):
+        digest = plain(path, tensors)
+        flipped(path, path.read_bytes())
+        return digest
+
+    monkeypatch.setattr(node_local.tensorfile, "write", torn)
+    with pytest.raises(OSError, match="is not what was sent"):
+        save_local(tmp_path / "there", 5, {"w": whole(full(5))}, {"s": 5}, Nodes(0, 1, factor=1))
+    assert find_local(tmp_path / "there").step == 4

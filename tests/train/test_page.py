@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fmegatron import cli
-from fmegatron.train import metrics, page
+from fmegatron.train import chart, metrics, page
 
 VOID = {"meta"}
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     began, records = 1.7e9, []
     for step in range(1, 61):
         record = {"step": step, "loss": None if step == 7 else 5 / step + 0.1 / 3, "grad_norm": 1.0 / step, "lr": 1e-3 * step,
-                  "seconds": 0.5, "tokens_per_second": 1e6 / step, "memory_bytes": 3e9, "goodput": 0.9, "skipped": 0,
+                  "seconds": 1.0, "tokens_per_second": 1e6 / step, "memory_bytes": 3e9, "goodput": 0.9, "skipped": 0,
                   "time": began + 10 + step, "time/data": 0.01, "time/forward_backward": 0.4, "time/optimizer": 0.05}
         if step % 10 == 0:
             record |= {"heldout_loss": 4 / step, "time/validation": 0.2, "validation/x/loss": 1.5}
@@ -95,6 +95,8 @@ def test_its_numbers_are_those_of_the_metrics(run):
     assert data == expected and len(data["loss"]) == 59
     tiles = {v: json.loads(value) for v, value in re.findall(r'data-name="(\w+)" data-value="([^"]+)"', text)}
     assert tiles.items() >= {"loss": records[-1]["loss"], "heldout_loss": 4 / 60, "step": 60}.items()
+    assert ">0.1167</b><span>loss</span>" in text and ">0.0667</b><span>held-out loss</span>" in text
+    assert ">3.00 GB</b><span>memory</span>" in text and ">0</b><span>skipped steps</span>" in text
     for title in ("Loss", "Learning rate", "Largest attention logit", "Time", "Mesh", "Environment", "Settings"):
         assert f">{title}" in text
     assert text.count('class="rank"') == 8 and "<b>5</b> dp 1 tp 1" in text and "session 2: 40 s" in text
@@ -107,6 +109,39 @@ def test_lines_go_through_their_points(run):
     assert len(points) == 60
     slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
     assert slope < 0 and all(abs(y - points[0][1] - slope * (x - points[0][0])) < 0.2 for x, y in points)  # lr is a line
+
+
+def test_the_time_adds_up(run):
+    text, _ = read(run)
+    parts = re.findall(r'</i>([a-z ]+): ([\d.]+) s, ([\d.]+) %', text)
+    seconds = {"data": 0.6, "forward and backward": 24.0, "optimizer": 3.0, "rest of steps": 32.4, "validation": 1.2,
+               "checkpoint": 0.6}  # of 60 steps of 1 s, and what came between them
+    assert {label: float(said) for label, said, _ in parts} == seconds
+    assert [float(part) for *_, part in parts] == [round(100 * x / 61.8, 1) for x in seconds.values()]
+    timeline = text.split("<h3>Timeline</h3>")[1].split("</svg>")[0]
+    spans = re.findall(r'class="f(\d)" x="([\d.]+)" y="0" width="([\d.]+)"', timeline)
+    kinds = [kind for kind, *_ in spans]
+    assert {kind: kinds.count(kind) for kind in "045"} == {"0": 6 + 2, "4": 6, "5": 2}  # training without a gap is one span
+    assert max(float(x) + float(wide) for _, x, wide in spans) == pytest.approx(940, abs=0.02)
+
+
+def test_axes():
+    """A logarithmic one has powers at equal distances; of a line that is 0 throughout it begins at 0."""
+    svg = chart.lines({"a": [(n, 2.0**n) for n in range(5)]}, log=True)
+    ups = [float(p.split(",")[1]) for p in re.search(r'points="([^"]+)"', svg)[1].split()]
+    assert [a - b for a, b in zip(ups, ups[1:], strict=False)] == pytest.approx([(ups[0] - ups[-1]) / 4] * 4, abs=0.11)
+    flat = ElementTree.fromstring(chart.lines({"a": [(1, 0.0), (2, 0.0)]}).split("<div")[0])
+    said = [float(x.text) for x in flat.iter("text") if x.get("text-anchor") == "end"]
+    assert (said[0], said[-1]) == (0, 1)
+
+
+def test_of_many_layers_the_line_over_all_of_them_is_shown():
+    columns = {name: [(1, 1.0), (2, 2.0)] for name in ("x/max_logit/max", *(f"x/{n:02d}.max_logit" for n in range(20)))}
+    keys = re.search(r'data-keys="([^"]+)"', page._panel(columns, "T", "", False, ("x/*.max_logit",)))[1].split()
+    assert keys == ["x/max_logit/max"]
+    del columns["x/max_logit/max"]
+    keys = re.search(r'data-keys="([^"]+)"', page._panel(columns, "T", "", False, ("x/*.max_logit",)))[1].split()
+    assert keys == [f"x/{n:02d}.max_logit" for n in range(page.MANY)]
 
 
 def test_many_points_are_thinned_and_keep_their_extremes():

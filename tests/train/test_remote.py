@@ -44,6 +44,11 @@ def test_save_load_keep_and_a_named_step_of_another_run(url):
     assert get(f"{url}/step-00000020") == 20
     put(url, 30)  # again, from a run that was taken up at 20
     assert get(url) == 30
+    assert [place.name for place in Bucket(Url(url)).candidates()] == [f"step-{n:08d}" for n in (30, 20, 40)]  # its past first
+    other = type(Bucket(Url(url)).fs)(skip_instance_cache=True)  # as another process
+    for name in ("manifest.json", "rank-00000.safetensors"):
+        other.copy(f"{url}/step-00000040/{name}", f"{url}/step-00000050/{name}")
+    assert len(Bucket(Url(url)).candidates()) == 4 and Bucket(Url(url) / "step-00000050").open().damage() == []
 
 
 def test_the_files_are_those_of_a_folder(url, tmp_path):
@@ -73,7 +78,6 @@ def test_damage_is_named_and_the_newest_good_one_used(url):
 
 def test_the_marker_comes_last_and_only_after_reading_back(url, monkeypatch):
     put(url, 1)
-    written = []
     plain = tensorfile_write = remote.tensorfile.write
 
     def torn(file, tensors):
@@ -87,15 +91,26 @@ def test_the_marker_comes_last_and_only_after_reading_back(url, monkeypatch):
     monkeypatch.setattr(remote.tensorfile, "write", tensorfile_write)
     assert get(url) == 1 and not any("00000002" in name for name in names(url))
     fs = Bucket(Url(url)).fs  # one instance a bucket
-    pipe = fs.pipe_file
+    done, there = [], f"{url}/step-00000003"
 
-    def watched(path, *args, **options):
-        written.append(Url(path).name)
-        return pipe(path, *args, **options)
+    def watched(name):
+        plain = getattr(fs, name)
 
-    monkeypatch.setattr(fs, "pipe_file", watched)
+        def call(*args, **options):
+            if name in ("rm", "put_file"):  # while its data go or come, it is no checkpoint
+                assert not fs.isfile(f"{there}/manifest.json")
+            done.append(f"{name} {Url(args[-1 if name == 'put_file' else 0]).name}")
+            return plain(*args, **options)
+
+        monkeypatch.setattr(fs, name, call)
+
+    for name in ("rm", "put_file", "pipe_file"):
+        watched(name)
+    first = ["put_file rank-00000.safetensors", "pipe_file manifest.json", "pipe_file latest"]
     put(url, 3)
-    assert written == ["manifest.json", "latest"] and get(url) == 3
+    assert done == first and get(url) == 3
+    put(url, 3)
+    assert done == [*first, "rm step-00000003", *first] and get(url) == 3
 
 
 def test_in_the_background(url):
@@ -135,7 +150,7 @@ def test_a_run_in_object_storage(url, functions, tmp_path, capsys):
         ([*words, f"--checkpoint.folder={url}", "--run.fresh=true"], f"run.fresh: {url} holds checkpoints, up to step-"),
         ([*words, f"--checkpoint.folder=s3://no{bucket}/x"], f"s3://no{bucket}/x: there is no bucket no{bucket}"),
         ([*words, "--checkpoint.folder=s4://x/y"], "s4://x/y: Protocol not known: s4; an address is s3://bucket/folder"),
-        ([*words, f"--checkpoint.resume={url}/step-00000007"], "step-00000007: the last one beside it is step-00000002"),
+        ([*words, f"--checkpoint.resume={url}/step-00000007"], "step-00000007: beside it the nearest is step-00000002"),
         (["train", f"{url}/step-00000001"], f"{url}/step-00000001 is not the last of its run: name a new --checkpoint.folder"),
     ):
         assert cli.main([*command, *([] if "run.dir" in str(command) else [f"--run.dir={tmp_path / 'other'}"])]) == 2

@@ -119,7 +119,7 @@ def test_a_run_goes_on_where_it_lies(whole, functions, tmp_path, capsys):
     for source, message in (
         (moved / "checkpoints/step-00000005", f"{branch}/checkpoints has steps of its own, the last is step-00000004: "
          "name a new --run.dir"),
-        (moved / "checkpoints/step-00000009", "the last one beside it is step-00000005"),
+        (moved / "checkpoints/step-00000009", "beside it the nearest is step-00000005"),
     ):
         assert cli.main(["train", str(source), "--run.dir", str(branch)]) == 2
         assert message in capsys.readouterr().err
