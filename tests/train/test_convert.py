@@ -402,7 +402,7 @@ def test_what_torchtitan_does_not_say_has_its_defaults():
     ({"checkpoint.initial_load_path": "/x", "checkpoint.last_save_model_only": True}, {"checkpoint.load": "state"}),
     ({REPLICAS: 2, SHARDS: 1}, {"mesh.dp": 2, "mesh.fsdp": 1, "sharding.rules": "fsdp_tp_sp"}),
     ({REPLICAS: 2, SHARDS: 4}, {"mesh.dp": 2, "mesh.fsdp": 4, "sharding.rules": "hsdp_tp_sp"}),
-    ({REPLICAS: 2}, {"mesh.dp": -1, "mesh.fsdp": 1, "sharding.rules": "fsdp_tp_sp"}),  # hsdp on an axis of 1 would shard nothing
+    ({REPLICAS: 2}, {"mesh.dp": -1, "mesh.fsdp": 1, "sharding.rules": "fsdp_tp_sp"}),  # hsdp on an axis of 1 shards nothing
 ])  # fmt: skip
 def test_torchtitan_keys_that_say_a_thing_together(given, ours):
     groups = {}
