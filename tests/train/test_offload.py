@@ -41,7 +41,7 @@ def trained(c=C, sh=SINGLE, steps=2, tx=None, **settings):
     model, tx = gpt(c), tx or optim.adamw(1e-3)
     state, step = init(model, tx, sh), make_step(model, tx, sh, **settings)
     tokens = batch(4)["tokens"]
-    local = {"tokens": shard(sh, tokens, "batch seq"), "labels": shard(sh, tokens, "batch loss_seq")}
+    local = {"tokens": shard(sh, tokens, "batch seq"), "labels": shard(sh, tokens, "batch seq")}
     for _ in range(steps):
         state, metrics = step(state, local)
     return tree.leaves([state, metrics])
