@@ -37,6 +37,7 @@ from fmegatron.train.node_local import place_of_run, save_local
 from fmegatron.train.optimizers import numbers_of
 from fmegatron.train.profile import Traces
 from fmegatron.train.progress import progress
+from fmegatron.train.resume import changes
 from fmegatron.train.saver import Saver
 from fmegatron.train.setup_batch import sizes_of
 from fmegatron.train.signals import stop_on_signals
@@ -61,6 +62,8 @@ def run(config: RunConfig, sample: Sampler | None = None) -> None:
         meter = Meter(parts.config.monitors, parts.step, mesh.device)
         guard = stack.enter_context(Guard(parts.config, parts.folder, mesh, pulse, launches, meter, parts.say))
         state, meta = parts.start()
+        if other := changes(meta.get("config"), parts.config):
+            parts.say(other)
         if parts.first:  # a command that cannot go on with what is here has left it as it was
             write_atomically(parts.folder / "config.toml", toml.dumps(parts.config))
             facts.begin(parts.folder, started, **parts.facts)

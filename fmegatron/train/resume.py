@@ -19,6 +19,8 @@ from fmegatron.train.steps import step_of
 from fmegatron.train.together import gloo
 from fmegatron.tree import Tree
 
+LEARNING = ("model", "data", "training", "fp8", "optimizer", "semisync")  # groups that say what is learned, and how
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -119,6 +121,19 @@ def config_of(source: str, table: toml.Table) -> RunConfig:
             line = f"{run.checkpoints} has steps of its own, the last is {own.name}: name a new {new} to start from {found}"
         raise ConfigError(line)
     return toml.update(run, {"checkpoint": {"resume": str(found)}}, str(found))
+
+
+def changes(saved: str | None, c: RunConfig) -> str:
+    """One line on what a run learns otherwise than its checkpoint's configuration (TOML) says; empty where nothing."""
+    if not saved:
+        return ""
+    default, old, new = (toml.loads(text, {}) for text in (toml.dumps(RunConfig()), saved, toml.dumps(c)))
+    said = []
+    for group in LEARNING:
+        now, before = new[group], default[group] | old.get(group, {})  # which may be older than the setting
+        said += [f"{group}.{key} = {toml.format_value(now.get(key))}, was {toml.format_value(before.get(key))}"
+                 for key in before | now if now.get(key) != before.get(key)]
+    return f"other settings than before: {'; '.join(said)}" if said else ""
 
 
 def _where(address: checkpoint.Address) -> str:

@@ -59,7 +59,8 @@ def test_the_configuration_comes_from_the_checkpoint(whole, tmp_path, capsys):
     assert "is not the last of its run: name a new --run.dir" in capsys.readouterr().err
     branch = tmp_path / "branch"
     assert cli.main(["train", str(step), "--run.dir", str(branch), "--optimizer.lr", "0.5"]) == 0
-    assert "resumed at step 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed at step 2" in said and "\nother settings than before: optimizer.lr = 0.5, was 0.001\n" in said
     assert losses(branch)[0] == losses(whole)[2] and losses(branch)[1] != losses(whole)[3]
 
 
