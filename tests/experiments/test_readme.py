@@ -1,12 +1,14 @@
-"""README's trainer runs as it is printed, and its table names presets that exist."""
+"""README's trainer runs as it is printed, its commands fit each other, and its table names presets that exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from fmegatron import config, toml
 from fmegatron.sharding import RULES, Rules
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,22 @@ def test_the_trainer_runs_and_learns(tmp_path: Path) -> None:
 def test_the_rules_of_the_example_are_rules() -> None:
     rules = eval(CODE[1], {"fm": sys.modules["fmegatron"]})
     assert isinstance(rules, Rules) and rules.axes == {"dp", "tp"}
+
+
+def test_commands_in_a_row_leave_each_other_something_to_train() -> None:
+    block = re.search(r"```\n(fmegatron train.*?)```", README, re.DOTALL)
+    assert block is not None
+    steps: dict[Path, int] = {}
+    for line in block[1].splitlines():
+        command = shlex.split(line, comments=True)
+        word, *rest = command[command.index("fmegatron") + 1 :]
+        if word in ("train", "explain"):
+            (name,), table = toml.words(rest)
+            run = config.load(name, table)
+        if word == "train":
+            assert run.training.steps > steps.get(run.run.folder, 0), line
+            steps[run.run.folder] = run.training.steps
+    assert len(steps) == 2
 
 
 def test_the_table_names_every_kind_of_preset() -> None:
