@@ -264,11 +264,13 @@ def none_in(path: AnyPath) -> str:
 def beside(path: AnyPath) -> str:
     """Words that name the checkpoints nearest to a step that is not there, before and after it; "" where there are none."""
     place = place_of(path).address()
-    wanted, found = step_of(place.name), dict[int, str]()
-    if wanted is not None:
-        steps: list[Any] = list(place_of(place.parent).candidates())
-        found = {n: one.name for one in steps if (n := step_of(one.name)) is not None and place_of(one).is_checkpoint()}
-    near = [*sorted(n for n in found if n < (wanted or 0))[-1:], *sorted(n for n in found if n > (wanted or 0))[:1]]
+    wanted = step_of(place.name)
+    if wanted is None:
+        return ""
+    steps: list[Any] = list(place_of(place.parent).candidates())
+    found = {n: one.name for one in steps if (n := step_of(one.name)) is not None and place_of(one).is_checkpoint()}
+    before, after = sorted(n for n in found if n <= wanted), sorted(n for n in found if n > wanted)
+    near = before[-1:] if wanted in found else before[-1:] + after[:1]  # of its own number where its name lacks zeros
     return f"beside it the nearest is {' or '.join(found[n] for n in near)}" if near else ""
 
 

@@ -84,7 +84,7 @@ def open_source(source: str, stack: ExitStack, config: str | None = None) -> Sou
     """A run's folder, a checkpoint, a Hugging Face folder, or a Megatron-LM checkpoint; read until `stack` closes."""
     path = Path(source)
     if not (path.exists() or is_remote(source)):
-        near = checkpoint.beside(steps_of(str(path.parent)) / path.name)
+        near = checkpoint.beside(steps_of(str(path.parent)) / path.name) if step_of(path.name) is not None else ""
         raise ConfigError(f"{source}: no such folder{near and f'; {near}'}")
     if (path / "config.json").is_file():
         model, params = models.from_hf(path, dtype=_dtype_of(path))

@@ -111,5 +111,5 @@ def from_torchtitan(given: Mapping[str, Any]) -> tuple[Table, list[str]]:
     unknown = [f"{key} = {value}" for key, value in flat.items() if key not in read]
     if sizes[0] > 1 and sizes[1] == -1:  # hsdp shards over mesh.fsdp, whose size must be said
         key = f"parallelism.data_parallel_replicate_degree = {sizes[0]}"
-        unknown.append(f"{key} without a shard degree: mesh.dp shards over all; for replicas say mesh.fsdp and hsdp_tp_sp")
+        unknown.append(f"{key} with a shard degree of -1: mesh.dp shards over all; for replicas say mesh.fsdp and hsdp_tp_sp")
     return table, unknown

@@ -93,6 +93,19 @@ def test_the_marker_is_damaged(tmp_path):
         assert read(tmp_path) == 30
 
 
+@pytest.mark.parametrize("name, near", [
+    ("step-1", [2]), ("step-00000099", [30]), ("step-00000025", [20, 30]), ("step-00000024", [20, 30]), ("step-20", [20]),
+    ("step-25-copy", []), ("elsewhere/step-25", []),
+])  # fmt: skip
+def test_a_missing_steps_error_names_the_nearest(name, near, tmp_path):
+    for step in (2, 10, 20, 30):
+        save(tmp_path, step, {"n": whole(torch.tensor(step))}, {})
+    (tmp_path / "step-00000024").mkdir()  # empty: no checkpoint
+    said = f"beside it the nearest is {' or '.join(f'step-{n:08d}' for n in near)}$" if near else "it holds neither"
+    with pytest.raises(ValueError, match=f"no checkpoint in .*{name}: {said}"):
+        load(tmp_path / name, {})
+
+
 def test_a_version_of_tomorrow_is_refused(tmp_path):
     filled(tmp_path, [1])
     file = tmp_path / "step-00000001" / "manifest.json"
@@ -121,6 +134,14 @@ def test_damage_of_the_oldest_format_is_named(tmp_path):
     os.truncate(tmp_path / "gone/step-00000007/.metadata", 700)
     with pytest.raises(ValueError, match="step-00000007 is damaged: .metadata"):
         load(tmp_path / "gone", {})
+    step = shutil.copytree(HERE / "format1", tmp_path / "outside") / "step-00000007"
+    shutil.copy(step / "__0_0.distcp", step.parent)
+    table = dcp._Table((step / ".metadata").open("rb")).load()
+    for info in table.storage_data.values():
+        info.relative_path = "../__0_0.distcp"
+    (step / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ValueError, match=r"its table names a file outside of it, \.\./__0_0"):
+        load(tmp_path / "outside", {"step": whole(torch.tensor(0))})
 
 
 class Evil:
