@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, D
+from cases import CASES, DEVICE, Case, D
 from functorch.compile import aot_function, nop
 
 pytest.importorskip("triton")
@@ -41,6 +41,14 @@ def test_any_number_of_rows(case: Case, rows):
     got, want = case.run("triton", inputs), case.run("reference", inputs)
     assert [x.shape for x in got] == [x.shape for x in want]
     assert max(errors(got, want)) < 1e-13
+
+
+def test_groups_of_several_tiles():
+    """A tile has 16 rows in the interpreter, and 128 on a GPU."""
+    case = next(case for case in CASES if case.name == "grouped_matmul")
+    inputs = case.draw(700 if DEVICE == "cuda" else 60, torch.float32)
+    exact = [x.double() if i in case.moving(inputs) else x for i, x in enumerate(inputs)]
+    assert max(errors(case.run("triton", inputs), case.run("reference", exact))) < TOLERANCE[torch.float32]
 
 
 @every
