@@ -168,6 +168,7 @@ def test_optimizer_state_in_host_memory(remat):
 SINGLE_ABSTRACT = Sharding(abstract_mesh(), RULES["single"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capacity", [None, pytest.param(1.0, marks=pytest.mark.long)])
 def test_dense_layers_before_those_with_experts(capacity):
     """As a CPU runs them, one expert after another; the load is as even as a plan takes it to be."""

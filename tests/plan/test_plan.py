@@ -232,6 +232,7 @@ def test_a_pipeline_holds_its_stage_and_what_is_under_way():
     assert halved.bubble == pytest.approx(two.bubble / 2)
 
 
+@pytest.mark.long
 def test_a_layout_says_which_rank_is_fullest():
     shared = {"model": {"overrides": {"layers": 4, "vocab": 64}}, "mesh": {"pp": 2},
               "training": {"remat": "none", "global_batch": 4, "microbatches": 4}}  # fmt: skip

@@ -46,7 +46,7 @@ def test_all_graphs_are_under_way_before_the_first_is_waited_for(monkeypatch, tm
 
 
 @pytest.mark.skipif(why_not_compile() is not None, reason=str(why_not_compile()))
-@pytest.mark.parametrize("kind", ["operator", "reads a value"])
+@pytest.mark.parametrize("kind", [pytest.param("operator", marks=pytest.mark.long), "reads a value"])
 def test_optimizers_that_read_values_run(kind):
     model, adam = gpt(Config(layers=1, embed=8, heads=1, mlp=8, vocab=12)), optim.adamw(1e-2)
 

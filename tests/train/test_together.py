@@ -31,6 +31,7 @@ def test_every_error_can_be_sent(error, kind):
     assert value is None and type(sent) is kind and "3 of 4" in str(sent)
 
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_of_the_first_process(tmp_path):
     words = ["train", "debug", "--mesh.dp", "2", "--data.source", tmp_path / "none", "--data.tokenizer", "byte"]
     first, second = processes.run(2, processes.COMMAND, *words, "--run.dir", tmp_path / "run", timeout=100)
